@@ -1,0 +1,58 @@
+"""Learning rate by step, in closed form: a linear warm-up, then one of four ways down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.core.sections import OptimConfig
+
+Schedule = Callable[[jax.Array | int], jax.Array]
+Decay = Callable[[jax.Array, OptimConfig], jax.Array]
+
+
+def make_schedule(config: OptimConfig, *, steps: int, peak: float | None = None) -> Schedule:
+    """The learning rate of step 0, 1, ..., steps - 1; `peak` replaces `config.learning_rate`.
+
+    Step t of the warm-up has the rate peak (t + 1) / warmup_steps, so that the first step already learns. The decay
+    runs over the remaining steps and would reach its end at step `steps`, so that the last one still learns.
+    """
+    peak = config.learning_rate if peak is None else peak
+    decay = DECAYS[config.schedule]
+    warmup = config.warmup_steps
+
+    def rate(step: jax.Array | int) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        rising = (step + 1) / max(warmup, 1)
+        progress = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        return peak * jnp.where(step < warmup, rising, decay(progress, config))
+
+    return rate
+
+
+def constant(progress: jax.Array, config: OptimConfig) -> jax.Array:
+    """The peak until the end."""
+    del config
+    return jnp.ones_like(progress)
+
+
+def linear(progress: jax.Array, config: OptimConfig) -> jax.Array:
+    """Straight to zero (Bergsma et al. 2025, "Straight to Zero")."""
+    del config
+    return 1 - progress
+
+
+def cosine(progress: jax.Array, config: OptimConfig) -> jax.Array:
+    """Half a cosine down to `end_fraction` (Loshchilov and Hutter 2017, eq. 5, without restarts)."""
+    return config.end_fraction + (1 - config.end_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+
+def wsd(progress: jax.Array, config: OptimConfig) -> jax.Array:
+    """Warm-up, stable, decay (Hu et al. 2024): the peak, then in the last `decay_fraction` straight to `end_fraction`."""
+    falling = (1 - progress) / max(config.decay_fraction, 1e-9)
+    return config.end_fraction + (1 - config.end_fraction) * jnp.minimum(falling, 1.0)
+
+
+DECAYS: dict[str, Decay] = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": wsd}
