@@ -1,0 +1,54 @@
+"""The device mesh: its axes by name, their sizes from the config, devices laid out by topology."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from llmjax.core.errors import ConfigError
+from llmjax.core.sections import MeshConfig
+
+# Slowest interconnect first: slices talk over the data-centre network, tensor-parallel neighbours over the fastest links.
+MESH_AXES = ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
+# Axes over which a batch's rows are spread; a gradient is summed over these and over "context".
+BATCH_AXES = ("slice", "data", "fsdp", "expert")
+TOKEN_AXES = (*BATCH_AXES, "context")
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Sizes of all axes, the one given as -1 filled in; raises ConfigError when they do not multiply to the devices."""
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ConfigError(f"mesh.{axis}={size}: a mesh axis is at least 1, or -1 for what is left")
+    if len(open_axes) > 1:
+        raise ConfigError(f"mesh.{open_axes[1]}=-1: only one axis may be -1, and mesh.{open_axes[0]} is already")
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if num_devices % taken or (not open_axes and taken != num_devices):
+        named = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1)
+        legal = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
+        raise ConfigError(f"{named or 'mesh of 1'}: sizes multiply to {taken}, which does not fit {num_devices} devices; "
+                          f"products that fit: {', '.join(map(str, legal))}")
+    for axis in open_axes:
+        sizes[axis] = num_devices // taken
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all `devices` (default: every device of every process) with explicitly typed axes."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(config, len(devices))
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def single_device_mesh(device: jax.Device | None = None) -> Mesh:
+    """The mesh of one device, on which every collective vanishes."""
+    ones = dataclasses.replace(MeshConfig(), data=1)
+    return make_mesh(ones, [device or jax.local_devices()[0]])

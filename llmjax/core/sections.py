@@ -1,0 +1,184 @@
+"""The sections of a config, one frozen dataclass each; defaults that work, no section reads another's fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What is learnt: the name picks the batches and the loss."""
+
+    name: Literal["pretrain", "sft", "dpo"] = "pretrain"
+    beta: float = 0.1  # DPO: strength of the pull towards the reference policy
+    z_loss: float = 0.0  # weight of log(Z)^2 beside the cross-entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts longer than the base model's."""
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_seq_len: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder: sizes, positions, precision."""
+
+    vocab_size: int = 0  # 0: the tokenizer's
+    num_layers: int = 4
+    dim: int = 256  # width of the residual stream
+    num_heads: int = 8
+    num_kv_heads: int = 8
+    head_dim: int = 32
+    mlp_dim: int = 1024
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    norm_eps: float = 1e-5
+    embeddings: Literal["tied", "untied"] = "untied"
+    max_seq_len: int = 2048  # the longest context generation allows
+    compute_dtype: Dtype = "bfloat16"
+    param_dtype: Dtype = "float32"
+    init_scale: float = 0.02  # standard deviation of the normal initialisation
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer to load, or how to train one when `path` is empty."""
+
+    path: str = ""  # a tokenizer folder or workdir; empty: train on the corpus
+    kind: Literal["bpe", "unigram"] = "bpe"
+    vocab_size: int = 2048
+    train_bytes: int = 8_000_000  # how much text the trainer sees
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where documents come from, how they are cleaned and how they become batches."""
+
+    path: str = ""  # a folder that `data build` left; empty: <workdir>/data, built when missing
+    sources: str = "stdlib"  # comma-separated files, globs or registry names
+    holdouts: str = ""  # the same for documents that must never be trained on
+    holdout_fraction: float = 0.05  # share held out by a hash of the content
+    min_bytes: int = 200  # shorter documents are dropped
+    max_bytes: int = 2_000_000  # longer ones too
+    near_duplicate_jaccard: float = 0.7  # 5-word shingles; 0 switches near-deduplication off
+    licence: str = "stated by the user"  # recorded for sources given as bare paths
+    seq_len: int = 512  # tokens in a row
+    batch_size: int = 8  # rows in a global batch (pairs for DPO)
+    shuffle_seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1 and takes what is left."""
+
+    slice: int = 1
+    stage: int = 1
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-4
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2  # share of the steps in which `wsd` falls to the end rate
+    end_fraction: float = 0.1  # end rate over peak rate for `cosine` and `wsd`; `linear` ends at zero
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # decoupled; norms and biases are left out
+    clip_norm: float = 1.0  # 0 switches clipping off
+    muon_momentum: float = 0.95
+    adam_learning_rate: float = 0.0  # Muon: the rate of embeddings, head and norms; 0: `learning_rate`
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    accumulation: int = 1  # microbatches a step
+    remat: Literal["none", "full", "save_matmuls"] = "none"
+    seed: int = 0
+    init_from: str = ""  # workdir (or import-hf output) whose weights to start from
+    log_every: int = 10
+    profile: str = ""  # steps to trace, first:last (set by --profile)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every: int = 100
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """What to do about steps that go wrong."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation of held-out documents."""
+
+    every: int = 0  # steps between quick held-out losses; 0: only at the end
+    batches: int = 8  # of the quick one
+    seq_len: int = 0  # context of the final one; 0: data.seq_len
+    stride: int = 0  # tokens scored a window; 0: half the context
+    compare: Literal["gzip", "none"] = "none"  # a baseline printed beside bits per byte
+    prompt: str = ""  # a completion of it is sampled at the end
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig:
+    """The HTTP server."""
+
+    max_queue: int = 8  # requests waiting beyond this are answered 429
+    max_new_tokens: int = 256  # when a request names none
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackConfig:
+    """What is written beside metrics.jsonl."""
+
+    tensorboard: Literal["on", "off"] = "on"
+    carbon: Literal["on", "off"] = "on"
+    country: str = "USA"  # ISO code, for the grid's carbon intensity
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run, resolved."""
+
+    name: str = "run"
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    eval: EvalConfig = EvalConfig()
+    serve: ServeConfig = ServeConfig()
+    track: TrackConfig = TrackConfig()

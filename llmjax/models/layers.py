@@ -1,0 +1,75 @@
+"""The layers beside attention: embedding, RMS norm, gated MLP, output head.
+
+Letters: B batch, T time, D model width, F MLP width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from llmjax.core import collectives
+from llmjax.core.sections import ModelConfig
+from llmjax.models.param import param, weight
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale (Zhang and Sennrich 2019, equation 4)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.eps = config.norm_eps
+        self.scale = param(rngs, (config.dim,), axes=("norm",), init=nnx.initializers.ones, dtype=config.param_dtype)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x32 = x_BTD.astype(jnp.float32)  # the mean of squares loses too much in bfloat16
+        inverse = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        scale = weight(self.scale, "float32")
+        return (x32 * inverse * scale[None, None, :]).astype(x_BTD.dtype)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: (silu(x W_gate) * (x W_up)) W_down (Shazeer 2020, equation 6)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.dtype = config.compute_dtype
+        D, F = config.dim, config.mlp_dim
+        init, dtype = nnx.initializers.normal(config.init_scale), config.param_dtype
+        init_out = nnx.initializers.normal(config.init_scale / (2 * config.num_layers) ** 0.5)
+        self.gate = param(rngs, (D, F), axes=("embed", "mlp"), init=init, dtype=dtype)
+        self.up = param(rngs, (D, F), axes=("embed", "mlp"), init=init, dtype=dtype)
+        self.down = param(rngs, (F, D), axes=("mlp", "embed"), init=init_out, dtype=dtype)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = collectives.enter_tensor(x_BTD)
+        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, weight(self.gate, self.dtype))
+        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, weight(self.up, self.dtype))
+        out_BTD = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, weight(self.down, self.dtype))
+        return collectives.leave_tensor(out_BTD)
+
+
+class Embedder(nnx.Module):
+    """The token table, split over the vocabulary on tensor-parallel meshes."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.dtype = config.compute_dtype
+        self.table = param(rngs, (config.vocab_size, config.dim), axes=("vocab", "embed"),
+                           init=nnx.initializers.normal(config.init_scale), dtype=config.param_dtype)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        table_VD = weight(self.table, self.dtype)
+        if collectives.manual_size("tensor") == 1:
+            return table_VD[tokens_BT]
+        local_BT = tokens_BT - collectives.shard_index("tensor") * table_VD.shape[0]
+        held_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
+        rows_BTD = table_VD[jnp.where(held_BT, local_BT, 0)] * held_BT[..., None].astype(table_VD.dtype)
+        return collectives.leave_tensor(rows_BTD)  # every token is held by one shard
+
+
+class Head(nnx.Module):
+    """The output projection of models whose embeddings are not tied."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.kernel = param(rngs, (config.dim, config.vocab_size), axes=("embed", "vocab"),
+                            init=nnx.initializers.normal(config.init_scale), dtype=config.param_dtype)

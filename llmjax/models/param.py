@@ -1,0 +1,41 @@
+"""One declaration per parameter: shape, logical axes, initialiser. Everything else about it derives from these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmjax.core import axes as axes_lib
+from llmjax.core import collectives, tree
+
+Initializer = Callable[..., jax.Array]
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], *, axes: axes_lib.Axes, init: Initializer, dtype: str) -> nnx.Param:
+    """Declare a parameter whose dims carry the logical `axes`."""
+    assert len(shape) == len(axes), f"{len(shape)} dims but axes {axes}"
+    return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes)
+
+
+def weight(variable: nnx.Param, dtype: str) -> jax.Array:
+    """A parameter ready for a matmul: in compute precision, gathered over the axes that shard it."""
+    spec = axes_lib.spec(variable.axes, axes_lib.PARAM_RULES)
+    return collectives.gather(variable.get_value(), spec, dtype=dtype)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, num_layers: int) -> nnx.Module:
+    """`num_layers` copies of a module, each with its own initial values, stacked on a leading dim of every parameter."""
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(num_layers))
+
+
+def logical_axes(model: nnx.Module) -> dict[str, Any]:
+    """The logical axes of every parameter, as a nested dict; stacked parameters carry "layers" in front."""
+    leaves = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        stacked = len(variable.get_value().shape) == len(variable.axes) + 1
+        leaves[tuple(map(str, path))] = ("layers", *variable.axes) if stacked else variable.axes
+    return tree.unflatten(leaves)
