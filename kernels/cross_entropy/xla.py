@@ -1,0 +1,99 @@
+"""Linear layer and cross-entropy in chunks of tokens: the logits of one chunk at a time, never all of them.
+
+The derivative recomputes each chunk's logits (Wijmans et al. 2024 save the same memory in a kernel). The vocabulary
+may be split over the tensor axis; maximum and sum of exponentials are then taken across its shards.
+
+Letters: T tokens, C tokens of a chunk, D model width, V (this shard's) vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from llmjax.core import collectives
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLoss:
+    """Per token, (T,) float32: negative log-likelihood of the target and log of the softmax's denominator."""
+
+    nll_T: jax.Array
+    log_z_T: jax.Array
+
+
+jax.tree_util.register_dataclass(TokenLoss, data_fields=["nll_T", "log_z_T"], meta_fields=[])
+
+
+def _in_chunks(fn: Callable, num_chunks: int, *arrays: jax.Array) -> tuple:
+    """Map `fn` over chunks of the leading dim, one after the other."""
+    if num_chunks == 1:
+        return fn(arrays)
+    chunked = [array.reshape(num_chunks, -1, *array.shape[1:]) for array in arrays]
+    outs = lax.map(fn, tuple(chunked))
+    return jax.tree.map(lambda out: out.reshape(-1, *out.shape[2:]), outs)
+
+
+def _logits(x_CD: jax.Array, w_DV: jax.Array) -> jax.Array:
+    return jnp.einsum("CD,DV->CV", x_CD, w_DV, preferred_element_type=jnp.float32)
+
+
+def _local_targets(targets_C: jax.Array, num_local: int) -> jax.Array:
+    """Target ids counted from this shard's first; out of range where another shard holds the target."""
+    return targets_C - collectives.shard_index("tensor") * num_local
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, num_chunks: int) -> TokenLoss:
+    """See `api.linear_cross_entropy`."""
+    def chunk(arrays: tuple[jax.Array, jax.Array]) -> TokenLoss:
+        x_CD, targets_C = arrays
+        logits_CV = _logits(x_CD, w_DV)
+        top_C = collectives.max_over(jnp.max(logits_CV, axis=-1), "tensor")
+        # exponentials of float32 logits, summed in float32: the denominator spans the whole vocabulary
+        sum_C = collectives.sum_over(jnp.sum(jnp.exp(logits_CV - top_C[:, None]), axis=-1), ("tensor",))
+        local_C = _local_targets(targets_C, w_DV.shape[1])
+        held_C = (local_C >= 0) & (local_C < w_DV.shape[1])
+        picked_C = jnp.take_along_axis(logits_CV, jnp.where(held_C, local_C, 0)[:, None], axis=1)[:, 0]
+        target_C = collectives.sum_over(jnp.where(held_C, picked_C, 0.0), ("tensor",))
+        log_z_C = top_C + jnp.log(sum_C)
+        return TokenLoss(log_z_C - target_C, log_z_C)
+
+    return _in_chunks(chunk, num_chunks, x_TD, targets_T)
+
+
+def _forward(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, num_chunks: int) -> tuple[TokenLoss, tuple]:
+    loss = linear_cross_entropy(x_TD, w_DV, targets_T, num_chunks)
+    return loss, (x_TD, w_DV, targets_T, loss.log_z_T)
+
+
+def _backward(num_chunks: int, residuals: tuple, grad: TokenLoss) -> tuple[jax.Array, jax.Array, None]:
+    x_TD, w_DV, targets_T, log_z_T = residuals
+
+    def chunk(dw_DV: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        x_CD, targets_C, log_z_C, dnll_C, dlog_z_C = arrays
+        p_CV = jnp.exp(_logits(x_CD, w_DV) - log_z_C[:, None])
+        local_C = _local_targets(targets_C, w_DV.shape[1])
+        hit_CV = local_C[:, None] == jnp.arange(w_DV.shape[1])[None, :]
+        dlogits_CV = p_CV * (dnll_C + dlog_z_C)[:, None] - jnp.where(hit_CV, dnll_C[:, None], 0.0)
+        dlogits_CV = dlogits_CV.astype(x_CD.dtype)
+        # summed over chunks in float32
+        dw_DV = dw_DV + jnp.einsum("CD,CV->DV", x_CD, dlogits_CV, preferred_element_type=jnp.float32)
+        return dw_DV, jnp.einsum("CV,DV->CD", dlogits_CV, w_DV)
+
+    arrays = (x_TD, targets_T, log_z_T, grad.nll_T, grad.log_z_T)
+    zeros_DV = jnp.zeros(w_DV.shape, jnp.float32)
+    if num_chunks == 1:
+        dw_DV, dx_TD = chunk(zeros_DV, arrays)
+    else:
+        dw_DV, dx_NCD = lax.scan(chunk, zeros_DV, tuple(a.reshape(num_chunks, -1, *a.shape[1:]) for a in arrays))
+        dx_TD = dx_NCD.reshape(x_TD.shape)
+    return dx_TD, dw_DV.astype(w_DV.dtype), None
+
+
+linear_cross_entropy.defvjp(_forward, _backward)
