@@ -1,0 +1,57 @@
+"""Direct preference optimisation (Rafailov et al. 2023): raise the chosen answer over the rejected one, by likelihood.
+
+Letters: B pairs, P = 2 (chosen, rejected), T time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.core.task import LossFn, LossOutput, Params
+from llmjax.kernels.cross_entropy import api as cross_entropy
+from llmjax.models.decoder import Model, forward, head_kernel
+
+
+def make_loss(*, beta: float, remat: str) -> LossFn:
+    """The loss of a microbatch of pairs; `frozen["reference"]` is the policy it all started from."""
+
+    def loss(model: Model, params: Params, frozen: Params, batch: Mapping[str, jax.Array],
+             key: jax.Array) -> LossOutput:
+        del key
+        policy_BP = answer_log_probs(model, params, batch, remat=remat)
+        reference_BP = answer_log_probs(model, jax.lax.stop_gradient(frozen["reference"]), batch, remat="none")
+        real_B = (jnp.sum(batch["weights_BPT"], axis=(1, 2)) > 0).astype(jnp.float32)
+        return preference_loss(policy_BP, reference_BP, real_B, beta=beta)
+
+    return loss
+
+
+def answer_log_probs(model: Model, params: Params, batch: Mapping[str, jax.Array], *, remat: str) -> jax.Array:
+    """log p(answer | prompt), (B, P) in float32: the sum over the tokens whose weight is 1."""
+    B, P, T = batch["tokens_BPT"].shape
+    rows = {name: batch[f"{name}_BPT"].reshape(B * P, T) for name in ("tokens", "positions", "segment_ids")}
+    hidden_BTD, _ = forward(model, params, rows["tokens"], positions_BT=rows["positions"],
+                            segment_ids_BT=rows["segment_ids"], remat=remat)
+    loss = cross_entropy.linear_cross_entropy(hidden_BTD.reshape(B * P * T, -1), head_kernel(model, params),
+                                              batch["targets_BPT"].reshape(-1))
+    return -jnp.sum(loss.nll_T.reshape(B, P, T) * batch["weights_BPT"], axis=-1)
+
+
+def preference_loss(policy_BP: jax.Array, reference_BP: jax.Array, real_B: jax.Array, *, beta: float) -> LossOutput:
+    """-log sigmoid(beta (log-ratio of chosen - log-ratio of rejected)), equation 7; pairs that are not real count 0."""
+    rewards_BP = beta * (policy_BP - reference_BP)
+    margin_B = rewards_BP[:, 0] - rewards_BP[:, 1]
+    sums = {
+        "rewards/chosen": rewards_BP[:, 0],
+        "rewards/rejected": rewards_BP[:, 1],
+        "rewards/margins": margin_B,
+        "rewards/accuracies": (margin_B > 0).astype(jnp.float32),
+    }
+    return LossOutput(
+        loss_sum=jnp.sum(-jax.nn.log_sigmoid(margin_B) * real_B),
+        weight=jnp.sum(real_B),
+        metrics={name: jnp.sum(value_B * real_B) for name, value_B in sums.items()},
+    )
