@@ -9,7 +9,9 @@ its final place and renamed: a folder with an `index.json` is complete.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -85,7 +87,7 @@ class TokenStore:
         self._doc_ids = [_map(folder / s.path / "doc_ids.npy") for s in shards]
         self.has_mask = bool(shards) and (folder / shards[0].path / "mask.npy").exists()
         self._masks = [_map(folder / s.path / "mask.npy") for s in shards] if self.has_mask else []
-        self._first = np.cumsum([0] + [s.documents for s in shards])  # global index of each shard's first document
+        self._first = [0, *itertools.accumulate(s.documents for s in shards)]  # global index of each shard's first document
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore:
@@ -99,7 +101,7 @@ class TokenStore:
 
     @property
     def num_documents(self) -> int:
-        return int(self._first[-1])
+        return self._first[-1]
 
     @property
     def num_tokens(self) -> int:
@@ -135,11 +137,12 @@ class TokenStore:
     def _shard_of(self, document: int) -> int:
         if not 0 <= document < self.num_documents:
             raise IndexError(f"document {document}: the store holds {self.num_documents}")
-        return int(np.searchsorted(self._first, document, side="right")) - 1
+        return bisect.bisect_right(self._first, document) - 1
 
     def _window(self, document: int, start: int, stop: int | None) -> tuple[int, slice]:
         shard = self._shard_of(document)
-        begin, end = self._offsets[shard][document - self._first[shard]:][:2].tolist()
+        offsets, local = self._offsets[shard], document - self._first[shard]
+        begin, end = offsets.item(local), offsets.item(local + 1)
         return shard, slice(min(begin + start, end), end if stop is None else min(begin + stop, end))
 
 

@@ -1,0 +1,106 @@
+"""The pack plan: which piece of which document goes where in which row, computed ahead of training.
+
+A document of n tokens holds n - 1 predictions: inputs are its tokens [0, n - 1), targets [1, n). A segment
+(document, start, length) is the inputs [start, start + length) together with the next tokens of the same document, so
+over one pass through the plan every prediction of the corpus is made exactly once, wherever documents are cut. Only
+documents with more than `seq_len` predictions are cut.
+
+Bins are filled offline, longest pieces first (first-fit and best-fit decreasing, Johnson 1973). All pieces of one
+length are placed by one vectorised step, which gives exactly the rows of the item-by-item algorithm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+Method = Literal["first_fit", "best_fit"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackPlan:
+    """Segments in row order; row r holds segments [row_starts[r], row_starts[r + 1]). S segments, R rows."""
+
+    documents: np.ndarray  # (S,) int64: global document index
+    starts: np.ndarray  # (S,) int64: first input token of the segment in its document
+    lengths: np.ndarray  # (S,) int64: predictions, at most `seq_len`
+    row_starts: np.ndarray  # (R + 1,) int64
+    seq_len: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_starts) - 1
+
+    @property
+    def num_predictions(self) -> int:
+        return int(self.lengths.sum())
+
+    @property
+    def fill(self) -> float:
+        """Share of row positions that hold a prediction."""
+        return self.num_predictions / (self.num_rows * self.seq_len)
+
+    @property
+    def hash(self) -> str:
+        """xxh3-128 of the whole plan: equal hashes serve equal rows."""
+        import xxhash
+
+        digest = xxhash.xxh3_128(str(self.seq_len))
+        for array in (self.documents, self.starts, self.lengths, self.row_starts):
+            digest.update(np.ascontiguousarray(array, np.int64))
+        return digest.hexdigest()
+
+
+def pack_plan(lengths: np.ndarray, *, seq_len: int, seed: int, method: Method = "first_fit") -> PackPlan:
+    """Pack documents of `lengths` tokens into rows of `seq_len` predictions; the same arguments give the same plan.
+
+    `best_fit` puts a piece where it leaves the least room, `first_fit` into the first row with room. The seed decides
+    which of the pieces of equal length go together and the order of the segments inside a row.
+    """
+    if seq_len < 1:
+        raise ValueError(f"seq_len={seq_len}: a row holds at least 1 prediction")
+    rng = np.random.default_rng([seed, *b"pack"])  # the name keeps streams of one seed apart
+    documents, starts, sizes = _pieces(np.asarray(lengths, np.int64), seq_len)
+    longest_first = rng.permutation(len(sizes))
+    longest_first = longest_first[np.argsort(-sizes[longest_first], kind="stable")]
+    rows = np.empty(len(sizes), np.int64)
+    rows[longest_first] = _place(sizes[longest_first], seq_len, method)
+    order = np.lexsort((rng.random(len(sizes)), rows))  # by row, segments inside it shuffled
+    row_starts = np.searchsorted(rows[order], np.arange(rows.max(initial=-1) + 2))
+    return PackPlan(documents[order], starts[order], sizes[order], row_starts, seq_len)
+
+
+def _pieces(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut documents into pieces of at most `seq_len` predictions: (S,) documents, starts and sizes."""
+    predictions = np.maximum(lengths - 1, 0)
+    counts = -(-predictions // seq_len)
+    documents = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = number * seq_len
+    return documents, starts, np.minimum(predictions[documents] - starts, seq_len)
+
+
+def _place(sizes: np.ndarray, seq_len: int, method: Method) -> np.ndarray:
+    """Row of each piece, (S,) int64, for pieces sorted longest first."""
+    values, firsts, counts = np.unique(-sizes, return_index=True, return_counts=True)
+    placed = np.empty(len(sizes), np.int64)
+    open_rows = free = np.empty(0, np.int64)  # rows that can still take the smallest piece, and the room in each
+    num_rows = 0
+    for size, first, count in zip((-values).tolist(), firsts.tolist(), counts.tolist(), strict=True):
+        # A row that takes a piece is at once the first (and the tightest) for the next piece of the same size.
+        order = np.argsort(free, kind="stable") if method == "best_fit" else slice(None)
+        cumulative = np.cumsum((free // size)[order])
+        fitting = min(count, int(cumulative[-1]) if len(cumulative) else 0)
+        new_rows = -(-(count - fitting) // (seq_len // size))
+        target = np.concatenate([np.searchsorted(cumulative, np.arange(fitting), side="right"),
+                                 len(free) + np.arange(count - fitting) // (seq_len // size)])
+        rows = np.concatenate([open_rows[order], np.arange(num_rows, num_rows + new_rows)])
+        left = np.concatenate([free[order], np.full(new_rows, seq_len)])
+        placed[first:first + count] = rows[target]
+        left -= size * np.bincount(target, minlength=len(left))
+        num_rows += new_rows
+        usable = left >= -values[-1]
+        open_rows, free = rows[usable], left[usable]
+    return placed
