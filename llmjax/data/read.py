@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -23,7 +24,7 @@ MAX_LATIN_SHARE = 0.3
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text and where it came from; `path` is the file, with the line for JSONL."""
+    """A text and where it came from; `path` is the file, with the line for JSONL; `doc_id` is set once it is clean."""
 
     id: str
     text: str
@@ -32,6 +33,11 @@ class Document:
     path: str
     kind: Kind
     encoding: str
+    doc_id: str = ""
+
+    @functools.cached_property
+    def num_bytes(self) -> int:
+        return len(self.text.encode("utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,23 +111,29 @@ def _decode_not_quite_utf8(raw: bytes) -> tuple[str, str]:
         return raw.decode("latin-1"), "latin-1"
 
 
+def as_utf8(name: str) -> str:
+    """`name` with "?" for the half characters that JSON escapes and file names may hold and UTF-8 may not."""
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
 def _read_file(source: Source, file: SourceFile) -> Document | Removal:
+    id_ = as_utf8(file.id)
     try:
         text, encoding = decode(file.path.read_bytes(), python=file.path.suffix == ".py")
     except Undecodable as fault:
-        return Removal(file.id, source.name, str(fault))
+        return Removal(id_, source.name, str(fault))
     kind: Kind = "prose" if file.path.suffix == ".txt" else "verbatim"
-    return Document(file.id, text, source.name, source.licence, file.id, kind, encoding)
+    return Document(id_, text, source.name, source.licence, id_, kind, encoding)
 
 
 def _read_jsonl(source: Source, file: SourceFile) -> Iterator[Document]:
     for number, line in enumerate(_lines(file.path), start=1):
         if not line.strip():
             continue
-        place = f"{file.id}:{number}"
+        place = as_utf8(f"{file.id}:{number}")
         record = _record(line, place)
         licence = record.get("licence") or record.get("license") or source.licence
-        id_ = str(record["id"])
+        id_ = as_utf8(str(record["id"]))
         kind: Kind = "verbatim" if id_.endswith((".py", ".md")) else "prose"
         yield Document(id_, record["text"], source.name, str(licence), place, kind, "utf-8")
 
