@@ -47,7 +47,7 @@ class PackPlan:
         """xxh3-128 of the whole plan: equal hashes serve equal rows."""
         import xxhash
 
-        digest = xxhash.xxh3_128(str(self.seq_len))
+        digest = xxhash.xxh3_128(str(self.seq_len).encode())
         for array in (self.documents, self.starts, self.lengths, self.row_starts):
             digest.update(np.ascontiguousarray(array, np.int64))
         return digest.hexdigest()
