@@ -8,9 +8,9 @@ Letters: B rows, T time, D model width, X = B * T positions, S scored positions 
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from llmjax.core.task import Params
+from llmjax.data.pack import pack_plan
 from llmjax.models import decoder
 
 TOKENS_A_BATCH = 8192
@@ -81,21 +82,6 @@ def windows(ids: np.ndarray, *, seq_len: int, stride: int) -> list[Span]:
     return spans
 
 
-def pack(lengths: Sequence[int], row_len: int) -> list[list[int]]:
-    """Which items share a row: longest first, each into the fullest row that still takes it."""
-    rows: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (free positions, row), ascending
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect.bisect_left(rooms, (lengths[item], -1))
-        if at == len(rooms):
-            rows.append([])
-            rooms.append((row_len, len(rows) - 1))
-        room, row = rooms.pop(at)
-        rows[row].append(item)
-        bisect.insort(rooms, (room - lengths[item], row))
-    return rows
-
-
 def score(model: decoder.Model, params: Params, spans: Sequence[Span], *, seq_len: int, tokens_a_batch: int = 0,
           on_batch: Callable[[int, int], None] | None = None) -> list[SpanScore]:
     """Score every span, in the order given.
@@ -110,7 +96,8 @@ def score(model: decoder.Model, params: Params, spans: Sequence[Span], *, seq_le
     longest = max(len(span.ids) - 1 for span in spans)
     row_len = min(seq_len, max(32, 1 << (longest - 1).bit_length()))
     num_rows = max(1, (tokens_a_batch or TOKENS_A_BATCH) // row_len)
-    packed = pack([len(span.ids) - 1 for span in spans], row_len)
+    plan = pack_plan(np.array([len(span.ids) for span in spans]), seq_len=row_len, seed=0, method="best_fit")
+    packed = [plan.documents[start:end].tolist() for start, end in itertools.pairwise(plan.row_starts)]
     chunk = min(max(32, LOGITS_A_CHUNK // model.config.vocab_size), num_rows * row_len)
     step = jax.jit(functools.partial(_score_rows, model, chunk=chunk))
     scores: dict[int, SpanScore] = {}

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmjax.evals import score
@@ -38,14 +38,6 @@ def test_windows_score_every_token_once_with_the_promised_context(length, seq_le
 def test_windows_refuse_a_stride_that_leaves_gaps(stride):
     with pytest.raises(ValueError, match="stride"):
         score.windows(random_ids(20), seq_len=8, stride=stride)
-
-
-@given(lengths=st.lists(st.integers(1, 32), max_size=60))
-def test_pack_places_every_item_and_fits(lengths):
-    rows = score.pack(lengths, 32)
-    assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
-    assert all(sum(lengths[item] for item in row) <= 32 for row in rows)
-    assert sum(sum(lengths[item] for item in row) <= 16 for row in rows) <= 1  # no two half-empty rows
 
 
 @pytest.mark.parametrize("tokens_a_batch", [64, 1000])
