@@ -1,0 +1,122 @@
+"""Training of SentencePiece models (Kudo and Richardson, 2018) on words cut so that code compresses well.
+
+The words come from our own cutting, counted, because SentencePiece's trainer allows neither a tab in a piece nor a space
+at its end: here a line break takes the punctuation before it and the indentation and word after it, `):\\n    return`.
+Stand-ins from the private use area carry spaces, breaks and tabs past the trainer and are put back in the model.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import heapq
+import io
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from llmjax.core.errors import ConfigError, RunError
+from llmjax.core.sections import TokenizerConfig
+
+_STAND_INS = {" ": "\ue000", "\n": "\ue001", "\t": "\ue002"}
+_TO_STAND_INS = str.maketrans(_STAND_INS)
+_FROM_STAND_INS = str.maketrans({"\ue000": "\u2581", "\ue001": "\n", "\ue002": "\t"})
+_UNTRAINABLE = re.compile("[\x00\u2581\u2585\ue000-\ue002\ud800-\udfff]")  # what the trainer or we give a meaning
+
+_MAX_PIECE = 32  # characters; room for a line break and deep indentation
+_WORD = re.compile(
+    r"(?:[^\w\s]{0,16}\n[ \t]*)+(?:[^\W\d]{1,32})?"  # ends of lines with what starts the next one
+    r"| ?[^\w\s]?[^\W\d]{1,32}"  # a name with a space, a dot, a bracket before it
+    r"| ?\d{1,3}"
+    r"| ?[^\w\s]{1,32}"
+    r"|\s+"
+)
+_SCORE_STEP = 2.0**-10  # unigram scores are multiples of it, so that sums of thousands are exact in float32
+_CUT_BYTES = 1 << 16  # documents are sampled in pieces of this many characters
+
+
+def train_model(texts: Iterable[str], config: TokenizerConfig) -> bytes:
+    """A serialised SentencePiece model: reversible, no normalisation, bytes for characters it does not know."""
+    words = count_words(sample(texts, max_chars=config.train_bytes))
+    if not words:
+        raise RunError("tokenizer: there is no text to train on; give data.sources that hold some")
+    return _finish(_train(words, config), config)
+
+
+def sample(texts: Iterable[str], *, max_chars: int) -> list[str]:
+    """Pieces of texts up to a total length: those with the smallest hashes, so that neither order nor chance matters."""
+    heap: list[tuple[bytes, str]] = []  # hashes are inverted: the root is the piece to give up first
+    total = 0
+    for piece in _pieces(texts):
+        digest = hashlib.blake2b(piece.encode(errors="surrogatepass"), digest_size=16).digest()
+        heapq.heappush(heap, (bytes(255 - byte for byte in digest), piece))
+        total += len(piece)
+        while total > max_chars and len(heap) > 1:
+            total -= len(heapq.heappop(heap)[1])
+    return [piece[:max_chars] for _, piece in heap]
+
+
+def count_words(texts: Iterable[str]) -> collections.Counter[str]:
+    """How often each training word occurs."""
+    words: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        words.update(_WORD.findall(text))
+    return collections.Counter({word: count for word, count in words.items() if not _UNTRAINABLE.search(word)})
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for start in range(0, len(text), _CUT_BYTES):
+            yield text[start : start + _CUT_BYTES]
+
+
+def _train(words: collections.Counter[str], config: TokenizerConfig) -> bytes:
+    import sentencepiece
+
+    lines = (f"{word.translate(_TO_STAND_INS)}\t{count}" for word, count in sorted(words.items()))
+    out = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=out,
+            input_format="tsv",
+            model_type=config.kind,
+            vocab_size=config.vocab_size,
+            hard_vocab_limit=False,  # a small corpus gives a smaller vocabulary
+            byte_fallback=True,
+            character_coverage=0.9995,  # the rest falls back to bytes
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_by_whitespace=False,
+            split_by_unicode_script=False,
+            split_by_number=False,
+            max_sentencepiece_length=_MAX_PIECE,
+            seed_sentencepiece_size=20 * config.vocab_size,
+            num_threads=4,  # recorded in the model: a constant, so that every machine writes the same file
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"tokenizer.vocab_size is {config.vocab_size}: SentencePiece says {_reason(error)}") from error
+    return out.getvalue()
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last sentence of a SentencePiece error, without the place in its source."""
+    return str(error).splitlines()[-1].split("] ")[-1].strip()
+
+
+def _finish(serialised: bytes, config: TokenizerConfig) -> bytes:
+    """Puts the true characters back and rounds unigram scores."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model: Any = sentencepiece_model_pb2.ModelProto.FromString(serialised)
+    for piece in model.pieces:
+        piece.piece = piece.piece.translate(_FROM_STAND_INS)
+        if config.kind == "unigram":
+            piece.score = round(piece.score / _SCORE_STEP) * _SCORE_STEP
+    return bytes(model.SerializeToString(deterministic=True))
