@@ -10,12 +10,13 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from llmjax.core.sections import TaskConfig
 from llmjax.core.task import LossFn, LossOutput, Params
 from llmjax.kernels.cross_entropy import api as cross_entropy
 from llmjax.models.decoder import Model, forward, head_kernel
 
 
-def make_loss(*, beta: float, remat: str) -> LossFn:
+def make_loss(config: TaskConfig, *, remat: str) -> LossFn:
     """The loss of a microbatch of pairs; `frozen["reference"]` is the policy it all started from."""
 
     def loss(model: Model, params: Params, frozen: Params, batch: Mapping[str, jax.Array],
@@ -24,7 +25,7 @@ def make_loss(*, beta: float, remat: str) -> LossFn:
         policy_BP = answer_log_probs(model, params, batch, remat=remat)
         reference_BP = answer_log_probs(model, jax.lax.stop_gradient(frozen["reference"]), batch, remat="none")
         real_B = (jnp.sum(batch["weights_BPT"], axis=(1, 2)) > 0).astype(jnp.float32)
-        return preference_loss(policy_BP, reference_BP, real_B, beta=beta)
+        return preference_loss(policy_BP, reference_BP, real_B, beta=config.beta)
 
     return loss
 

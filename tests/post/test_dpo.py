@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmjax.core.sections import TaskConfig
 from llmjax.models.decoder import abstract_model
 from llmjax.post.dpo import make_loss, preference_loss
 from tests.post.tiny import CONFIG, assert_same_gradients, hf_llama, to_ours
@@ -73,7 +74,7 @@ def test_loss_and_gradients_equal_trls(tmp_path: Path) -> None:
     their_loss.backward()
 
     params, frozen = to_ours(dict(policy.named_parameters())), {"reference": to_ours(dict(reference.named_parameters()))}
-    model, loss, batch = abstract_model(CONFIG), make_loss(beta=BETA, remat="none"), our_batch(PAIRS, seq_len=9)
+    model, loss, batch = abstract_model(CONFIG), make_loss(TaskConfig(name="dpo", beta=BETA), remat="none"), our_batch(PAIRS, seq_len=9)
 
     def mean_loss(params: Any) -> tuple[jax.Array, Any]:
         out = loss(model, params, frozen, batch, jax.random.key(0))
