@@ -24,7 +24,7 @@ from llmjax.core.errors import RunError
 from llmjax.core.sections import DataConfig, TokenizerConfig
 from llmjax.data import manifest as manifests
 from llmjax.data import shards
-from llmjax.data.curate import MEGABYTE, Corpus, curate
+from llmjax.data.curate import Corpus, curate
 from llmjax.data.manifest import Manifest, SourceCounts
 from llmjax.data.progress import Progress, quiet
 from llmjax.data.read import Document, Removal
@@ -103,7 +103,7 @@ def _input_hash(sources: list[Source], tokenizer: TokenizerConfig) -> str:
 def _write(corpus: Corpus, sources: list[Source], config: TokenizerConfig, folder: Path, *, recipe: dict[str, Any],
            input_hash: str, progress: Progress) -> Manifest:
     """Write every file of a data folder, the manifest last."""
-    tokenizer = _tokenizer(corpus.train, config, folder / "tokenizer", progress)
+    tokenizer = make_tokenizer(corpus.train, config, folder / "tokenizer", progress)
     num_tokens: list[int] = []
     stored = shards.write_store(folder / "shards", _encoded(corpus.train, tokenizer, num_tokens, progress),
                                 vocab_size=tokenizer.vocab_size)
@@ -132,14 +132,15 @@ def _write(corpus: Corpus, sources: list[Source], config: TokenizerConfig, folde
         config=recipe,
         config_hash=manifests.hash_json(recipe),
         input_hash=input_hash,
-        code_hash=manifests.hash_json([manifests.hash_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))]),
+        code_hash=manifests.hash_json([manifests.hash_file(p) for p in sorted(Path(__file__).parent.glob("*.py"))]),
         versions=_versions())
     made.save()
     return made
 
 
-def _tokenizer(documents: list[Document], config: TokenizerConfig, folder: Path, progress: Progress) -> Tokenizer:
+def make_tokenizer(documents: list[Document], config: TokenizerConfig, folder: Path, progress: Progress) -> Tokenizer:
     """The configured tokenizer, saved in `folder`; a new one learns from training documents alone."""
+    progress("tokenizer", 0.0)
     if config.path:
         tokenizer = Tokenizer.load(Path(config.path))
         tokenizer.save(folder)

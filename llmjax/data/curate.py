@@ -40,12 +40,14 @@ class Corpus:
 
 def curate(config: DataConfig, sources: list[Source], holdouts: list[Source], *, progress: Progress) -> Corpus:
     """Read, clean, filter by length, deduplicate and split. Raises RunError when nothing is left to train on."""
+    progress("read", 0.0)
     named, _ = _clean_documents(holdouts, min_bytes=1, max_bytes=sys.maxsize)
     documents, removals = _clean_documents(sources, min_bytes=config.min_bytes, max_bytes=config.max_bytes)
     num_read = len(documents) + len(removals)
     encodings = _counts(document.encoding for document in documents)
     size = sum(document.num_bytes for document in documents) / MEGABYTE
     progress("read", 1.0, f"{num_read:,} documents, {size:.1f} MB after cleaning and length limits")
+    progress("dedup", 0.0)
     documents, duplicates = _without_duplicates(named, documents, threshold=config.near_duplicate_jaccard)
     progress("dedup", 1.0, f"{len(duplicates):,} duplicates dropped")
     held_out = [document for document in documents if is_held_out(document.doc_id, config.holdout_fraction)]

@@ -101,11 +101,6 @@ def hash_json(value: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
-def hash_files(paths: dict[str, Path]) -> str:
-    """xxh3-128 over the names and contents of files."""
-    return hash_json({name: hash_file(path) for name, path in paths.items()})
-
-
 def hash_file(path: Path) -> str:
     """xxh3-128 of a file's bytes."""
     import xxhash

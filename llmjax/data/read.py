@@ -51,7 +51,7 @@ class Removal:
     jaccard: float | None = None  # of the two, for near duplicates
 
 
-class Undecodable(ValueError):
+class UndecodableError(ValueError):
     """Bytes that are no text in any encoding we know; the message is the reason."""
 
 
@@ -65,7 +65,7 @@ def read(source: Source) -> Iterator[Document | Removal]:
 
 
 def decode(raw: bytes, *, python: bool = False) -> tuple[str, str]:
-    """`raw` as text, and the encoding it was in. Raises Undecodable.
+    """`raw` as text, and the encoding it was in. Raises UndecodableError.
 
     Python sources follow their coding cookie (PEP 263). Other text is UTF-8 or, by its mark, UTF-16; failing that,
     UTF-8 with damaged places where most of its non-ASCII characters are sound, else Windows-1252 or Latin-1.
@@ -75,7 +75,7 @@ def decode(raw: bytes, *, python: bool = False) -> tuple[str, str]:
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return _strictly(raw, "utf-16"), "utf-16"
     if b"\0" in raw:
-        raise Undecodable("binary")
+        raise UndecodableError("binary")
     try:
         return raw.decode("utf-8-sig"), "utf-8"
     except UnicodeDecodeError:
@@ -86,7 +86,7 @@ def _decode_python(raw: bytes) -> tuple[str, str]:
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
     except SyntaxError:
-        raise Undecodable("undecodable") from None
+        raise UndecodableError("undecodable") from None
     return _strictly(raw, encoding), encoding.removesuffix("-sig")
 
 
@@ -94,7 +94,7 @@ def _strictly(raw: bytes, encoding: str) -> str:
     try:
         return raw.decode(encoding)
     except UnicodeDecodeError:
-        raise Undecodable("undecodable") from None
+        raise UndecodableError("undecodable") from None
 
 
 def _decode_not_quite_utf8(raw: bytes) -> tuple[str, str]:
@@ -103,7 +103,7 @@ def _decode_not_quite_utf8(raw: bytes) -> tuple[str, str]:
     if sum(char > "\x7f" for char in text) > 2 * damaged:
         return text, "utf-8, damaged"
     if sum(byte > 0x7F for byte in raw) > MAX_LATIN_SHARE * len(raw):
-        raise Undecodable("undecodable")
+        raise UndecodableError("undecodable")
     try:  # bytes 0x80-0x9f are printed characters in Windows-1252 and controls in Latin-1
         encoding = "cp1252" if any(0x80 <= byte < 0xA0 for byte in raw) else "latin-1"
         return raw.decode(encoding), encoding
@@ -120,7 +120,7 @@ def _read_file(source: Source, file: SourceFile) -> Document | Removal:
     id_ = as_utf8(file.id)
     try:
         text, encoding = decode(file.path.read_bytes(), python=file.path.suffix == ".py")
-    except Undecodable as fault:
+    except UndecodableError as fault:
         return Removal(id_, source.name, str(fault))
     kind: Kind = "prose" if file.path.suffix == ".txt" else "verbatim"
     return Document(id_, text, source.name, source.licence, id_, kind, encoding)

@@ -1,0 +1,88 @@
+"""`llmjax data`: build a data folder, show what a past batch was made of."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmjax.verbs.common import add_run_arguments, open_run
+
+if TYPE_CHECKING:
+    from llmjax.core.sections import Config
+    from llmjax.data.manifest import Manifest
+    from llmjax.data.trace import Segment
+
+EXCERPT = 60  # characters of a segment shown to people; --json has all of it
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare `data build` and `data show`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="build|show")
+    build = actions.add_parser(
+        "build", help="raw documents to token shards",
+        description="Read, clean, deduplicate and hold out documents, train the tokenizer and write token shards.",
+        epilog="example: llmjax data build --config=configs/quickstart.py --workdir=runs/quickstart")
+    show = actions.add_parser(
+        "show", help="a past batch, with its documents, their sources and licences",
+        description="Rebuild the batch of a step of a run and name the documents it was made of.",
+        epilog="example: llmjax data show --workdir=runs/quickstart --step=100")
+    show.add_argument("--step", type=int, default=0, help="the step whose batch is shown (default 0)")
+    for action in (build, show):
+        add_run_arguments(action)
+        action.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+
+def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+    """Do the chosen action; returns the exit status."""
+    config, workdir = open_run(args, overrides)
+    return ACTIONS[args.action](config, workdir, args)
+
+
+def _build(config: Config, workdir: Path, args: argparse.Namespace) -> int:
+    from llmjax.data.build import build
+    from llmjax.data.progress import StderrProgress
+
+    out = Path(config.data.path) if config.data.path else workdir
+    manifest = build(config.data, config.tokenizer, out, progress=StderrProgress(), reuse="same_inputs")
+    print(_summary(manifest))
+    if args.json:
+        print(json.dumps({"folder": str(out), "documents": manifest.num_documents, "tokens": manifest.num_tokens,
+                          "bytes": manifest.num_bytes, "dropped": manifest.dropped, "hash": manifest.hash}))
+    return 0
+
+
+def _summary(manifest: Manifest) -> str:
+    lines = [f"{manifest.folder}: {manifest.num_documents:,} documents, {manifest.num_bytes / 1e6:.1f} MB, "
+             f"{manifest.num_tokens:,} tokens in {len(manifest.shards)} shards"]
+    lines += [f"  {s.name} ({s.licence}): {s.documents:,} documents, {s.tokens:,} tokens" for s in manifest.sources]
+    lines += [f"  {s.name} ({s.licence}): {s.documents:,} documents held out" for s in manifest.holdout]
+    lines += [f"  {count:,} {reason}" for reason, count in manifest.dropped.items()]
+    return "\n".join(lines)
+
+
+def _show(config: Config, workdir: Path, args: argparse.Namespace) -> int:
+    from llmjax.data.build import data_folder
+    from llmjax.data.tokenizer import Tokenizer
+    from llmjax.data.trace import batch_segments
+
+    folder = data_folder(config.data, workdir)
+    segments = batch_segments(folder, config.data, step=args.step)
+    tokenizer = Tokenizer.load(folder)
+    records = [_segment_record(segment, tokenizer.decode(segment.token_ids)) for segment in segments]
+    for record in records:
+        print("row {row}: {length:4} tokens from {start} of {id} [{source}, {licence}]".format_map(record),
+              repr(record["text"][:EXCERPT]))
+    if args.json:
+        print(json.dumps({"step": args.step, "segments": records}))
+    return 0
+
+
+def _segment_record(segment: Segment, text: str) -> dict[str, Any]:
+    origin = dataclasses.asdict(segment.origin)
+    return {"row": segment.row, **origin, "start": segment.start, "length": segment.length, "text": text}
+
+
+ACTIONS = {"build": _build, "show": _show}

@@ -1,0 +1,88 @@
+"""`llmjax tokenizer`: train one on a corpus, report how well one fits."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmjax.core.errors import RunError
+from llmjax.verbs.common import add_run_arguments, open_run
+
+if TYPE_CHECKING:
+    from llmjax.core.sections import Config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare `tokenizer train` and `tokenizer report`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="train|report")
+    train = actions.add_parser(
+        "train", help="train a tokenizer on the sources of a config",
+        description="Curate the documents of data.sources and train a tokenizer on those that are not held out.",
+        epilog="example: llmjax tokenizer train --config=configs/quickstart.py --workdir=runs/pieces "
+               "--config.tokenizer.vocab_size=4096")
+    report = actions.add_parser(
+        "report", help="bytes a token and coverage on held-out documents",
+        description="Encode the held-out documents of a data folder and say, by source, how well the tokenizer fits.",
+        epilog="example: llmjax tokenizer report --workdir=runs/quickstart")
+    for action in (train, report):
+        add_run_arguments(action)
+        action.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+
+def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+    """Do the chosen action; returns the exit status."""
+    config, workdir = open_run(args, overrides)
+    return ACTIONS[args.action](config, workdir, args)
+
+
+def _train(config: Config, workdir: Path, args: argparse.Namespace) -> int:
+    from llmjax.data.build import make_tokenizer
+    from llmjax.data.curate import curate
+    from llmjax.data.progress import StderrProgress
+    from llmjax.data.registry import find_sources
+
+    sources, holdouts = (find_sources(spec, field=field, licence=config.data.licence) for spec, field in (
+        (config.data.sources, "data.sources"), (config.data.holdouts, "data.holdouts")))
+    progress = StderrProgress()
+    corpus = curate(config.data, sources, holdouts, progress=progress)
+    tokenizer = make_tokenizer(corpus.train, config.tokenizer, workdir / "tokenizer", progress)
+    print(f"{workdir / 'tokenizer'}: {tokenizer.vocab_size:,} pieces, hash {tokenizer.hash}")
+    if args.json:
+        print(json.dumps({"folder": str(workdir / "tokenizer"), "vocab_size": tokenizer.vocab_size,
+                          "hash": tokenizer.hash}))
+    return 0
+
+
+def _report(config: Config, workdir: Path, args: argparse.Namespace) -> int:
+    from llmjax.data.build import data_folder
+    from llmjax.data.coverage import measure
+    from llmjax.data.tokenizer import Tokenizer
+
+    folder = data_folder(config.data, workdir)
+    tokenizer = Tokenizer.load(folder)
+    sources = measure(tokenizer, _held_out(folder))
+    for source in sources:
+        print(f"{source.source}: {source.documents:,} documents, {source.bytes_per_token:.2f} bytes a token, "
+              f"{source.spelled / source.tokens:.2%} of tokens spell a character by bytes, "
+              f"{source.used:,} of {tokenizer.vocab_size:,} pieces used, {source.unequal} documents come back changed")
+    if args.json:
+        records = [dataclasses.asdict(s) | {"bytes_per_token": s.bytes_per_token} for s in sources]
+        print(json.dumps({"vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash, "sources": records}))
+    return 0
+
+
+def _held_out(folder: Path) -> Iterator[tuple[str, str]]:
+    import pyarrow.parquet as pq
+
+    path = folder / "holdout.parquet"
+    if not path.exists():
+        raise RunError(f"{path} is missing: run llmjax data build first")
+    for row in pq.read_table(path, columns=["source", "text"]).to_pylist():
+        yield row["source"], row["text"]
+
+
+ACTIONS = {"train": _train, "report": _report}

@@ -1,0 +1,62 @@
+"""From a batch back to its documents, and the fit of a tokenizer."""
+
+import itertools
+import json
+
+import pytest
+
+from llmjax.core.errors import RunError
+from llmjax.core.sections import DataConfig, TokenizerConfig
+from llmjax.data.build import build
+from llmjax.data.coverage import measure
+from llmjax.data.loader import batches
+from llmjax.data.pack import pack_plan
+from llmjax.data.shards import TokenStore
+from llmjax.data.tokenizer import Tokenizer
+from llmjax.data.trace import batch_segments
+
+SUBJECTS = ("farmer", "miller", "sailor", "weaver", "baker", "mason", "painter")
+PLACES = ("harbour", "market", "meadow", "chapel", "orchard")
+TEXTS = {f"story-{i}": f"Story {i}: the {a} met the {b} at the {place}; they left it {i} times. " * (1 + i % 4)
+         for i, (a, b, place) in enumerate(itertools.product(SUBJECTS, SUBJECTS[::2], PLACES))}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("trace")
+    (path / "a.jsonl").write_text("".join(json.dumps({"id": id_, "text": text}) + "\n" for id_, text in TEXTS.items()))
+    build(DataConfig(sources=str(path / "a.jsonl"), min_bytes=1, near_duplicate_jaccard=0),
+          TokenizerConfig(vocab_size=330), path)
+    return path
+
+
+def test_segments_are_the_rows_that_the_loader_served(folder):
+    config = DataConfig(seq_len=64, batch_size=4, shuffle_seed=3)
+    store, tokenizer = TokenStore.open(folder / "shards"), Tokenizer.load(folder)
+    plan = pack_plan(store.lengths, seq_len=64, seed=3)
+    served = batches(store, plan, batch_size=4, seed=3)
+    for step, batch in enumerate(itertools.islice(served, 3)):
+        segments = batch_segments(folder, config, step=step)
+        for row in range(4):
+            ids = [token for segment in segments if segment.row == row for token in segment.token_ids]
+            assert ids == batch["tokens_BT"][row, :len(ids)].tolist()
+            assert not batch["segment_ids_BT"][row, len(ids):].any()
+        for segment in segments:
+            assert tokenizer.decode(segment.token_ids) in TEXTS[segment.origin.id]
+            assert segment.origin.path.startswith(f"{folder}/a.jsonl:")
+            assert segment.origin.licence == "stated by the user"
+
+
+def test_a_folder_without_data_is_one_clear_error(tmp_path):
+    with pytest.raises(RunError, match="no complete token store"):
+        batch_segments(tmp_path, DataConfig(), step=0)
+
+
+def test_coverage_counts_bytes_tokens_and_spelled_characters(folder):
+    tokenizer = Tokenizer.load(folder)
+    texts = ["The farmer met the miller.", "Ω and Ж"]
+    known, strange = measure(tokenizer, [("known", texts[0]), ("strange", texts[1])])
+    assert (known.source, known.documents, known.bytes, known.spelled) == ("known", 1, len(texts[0]), 0)
+    assert known.tokens == len(tokenizer.encode(texts[0]))
+    assert (strange.bytes, strange.spelled, strange.unequal) == (9, 4, 0)
+    assert known.bytes_per_token > strange.bytes_per_token
