@@ -1,0 +1,299 @@
+"""From a recipe and command-line overrides to the one frozen `Config` that everything else reads.
+
+A recipe is a Python file with `get_config(arg)`, which returns an ml-collections ConfigDict (anything with `to_dict()`)
+or a dict of sections. Every mistake in it is a ConfigError of one line: the field, the value, what would fit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import re
+import sys
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from llmjax.core.errors import ConfigError, RunError
+from llmjax.core.sections import Config
+
+CONFIG_FILE = "config.json"
+
+# The least value of each size; a size missing here may be anything its type allows.
+AT_LEAST: dict[str, float] = {
+    "model.vocab_size": 0, "model.num_layers": 1, "model.dim": 1, "model.num_heads": 1, "model.num_kv_heads": 1,
+    "model.head_dim": 2, "model.mlp_dim": 1, "model.max_seq_len": 1, "model.rope_theta": 1, "model.norm_eps": 0,
+    "model.init_scale": 0, "model.rope_scaling.factor": 1, "model.rope_scaling.original_seq_len": 1,
+    "tokenizer.vocab_size": 260, "tokenizer.train_bytes": 1,
+    "data.seq_len": 1, "data.batch_size": 1, "data.min_bytes": 0, "data.max_bytes": 1, "data.holdout_fraction": 0,
+    "data.near_duplicate_jaccard": 0,
+    "optim.learning_rate": 0, "optim.adam_learning_rate": 0, "optim.warmup_steps": 0, "optim.decay_fraction": 0,
+    "optim.end_fraction": 0, "optim.b1": 0, "optim.b2": 0, "optim.eps": 0, "optim.weight_decay": 0,
+    "optim.clip_norm": 0, "optim.muon_momentum": 0,
+    "task.beta": 0, "task.z_loss": 0,
+    "train.steps": 1, "train.accumulation": 1, "train.log_every": 1, "checkpoint.every": 1, "checkpoint.keep": 1,
+    "eval.every": 0, "eval.batches": 1, "eval.seq_len": 0, "eval.stride": 0,
+    "serve.max_queue": 0, "serve.max_new_tokens": 1,
+}  # fmt: skip
+AT_MOST: dict[str, float] = {
+    "data.holdout_fraction": 1, "data.near_duplicate_jaccard": 1, "optim.decay_fraction": 1, "optim.end_fraction": 1,
+    "optim.b1": 1, "optim.b2": 1, "optim.muon_momentum": 1,
+}  # fmt: skip
+
+
+def load(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
+    """The config of a recipe `FILE` or `FILE:arg`, with overrides such as {"train.steps": "10"} on top.
+
+    Raises ConfigError; a recipe that fails to run is one as well, with its file and line.
+    """
+    path, arg = _split_spec(spec)
+    raw = _run_recipe(path, arg)
+    name = path.stem + re.sub(r"[^A-Za-z0-9._]+", "-", f"_{arg}" if arg else "")
+    return resolve({"name": name, **_as_dict(raw)}, overrides)
+
+
+def resolve(raw: Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> Config:
+    """Sections of plain values turned into a `Config`, derived values filled in; raises ConfigError."""
+    config = _build(Config, raw, prefix="")
+    for path, text in (overrides or {}).items():
+        config = _replace(config, path, text)
+    _check_limits(config)
+    config = _derive(config)
+    _check_sizes(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dicts; `resolve(to_dict(c)) == c`."""
+    return dataclasses.asdict(config)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every value by its dotted path, as overrides name it."""
+    return {path: _get(config, path) for path in _leaf_types(Config)}
+
+
+def from_workdir(workdir: Path, overrides: Mapping[str, str] | None = None) -> Config:
+    """The config that a run left in its workdir; raises RunError where there is none that can be read."""
+    path = workdir / CONFIG_FILE
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing: {workdir} holds no run") from None
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON: {error}") from error
+    return resolve(raw, overrides)
+
+
+# Recipes -------------------------------------------------------------------------------------------------------------
+
+
+def _split_spec(spec: str) -> tuple[Path, str]:
+    file, colon, arg = spec.partition(".py:")
+    path = Path(file + ".py" if colon else spec)
+    if not path.is_file():
+        nearby = sorted(str(p) for p in path.parent.glob("*.py"))
+        close = difflib.get_close_matches(str(path), nearby, n=3)
+        raise ConfigError(f"--config={spec}: no such file" + (f"; near it: {', '.join(close)}" if close else ""))
+    return path, arg
+
+
+def _run_recipe(path: Path, arg: str) -> Any:
+    try:
+        with _siblings_importable(path.parent.resolve()):
+            module = _import_file(path)
+            if not hasattr(module, "get_config"):
+                raise ConfigError(f"{path}: a recipe defines get_config(arg)")
+            return module.get_config(arg) if arg else module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a recipe's own code raises is a fault of the recipe
+        raise ConfigError(f"{path}{_line_in(path, error)}: {type(error).__name__}: {error}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    module_spec = importlib.util.spec_from_file_location(f"llmjax_recipe_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise ConfigError(f"{path}: a recipe is a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _siblings_importable(folder: Path) -> Iterator[None]:
+    """Let a recipe `import` the recipe beside it that it edits, and forget it again afterwards."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None)
+            if file and Path(file).parent == folder and "." not in name:
+                del sys.modules[name]
+
+
+def _line_in(path: Path, error: Exception) -> str:
+    """`:line` of the last frame (or the syntax error) in the recipe itself."""
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f":{error.lineno}"
+    line, frame = "", error.__traceback__
+    while frame:
+        if Path(frame.tb_frame.f_code.co_filename) == path:
+            line = f":{frame.tb_lineno}"
+        frame = frame.tb_next
+    return line
+
+
+def _as_dict(raw: Any) -> dict[str, Any]:
+    return raw.to_dict() if hasattr(raw, "to_dict") else dict(raw)
+
+
+# Plain values to typed fields ----------------------------------------------------------------------------------------
+
+
+def _build(section: type, raw: Any, *, prefix: str) -> Any:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{prefix}={raw!r}: a section with fields {', '.join(_hints(section))} is needed")
+    values = {}
+    for name, value in raw.items():
+        path = f"{prefix}.{name}" if prefix else str(name)
+        hint = _hints(section).get(name)
+        if hint is None:
+            raise _unknown(path)
+        values[name] = _build(hint, value, prefix=path) if dataclasses.is_dataclass(hint) else _fit(path, value, hint)
+    return section(**values)
+
+
+def _replace(node: Any, path: str, text: str, *, prefix: str = "") -> Any:
+    """A copy of `node` with the field at the dotted `path` read from `text`."""
+    name, _, rest = path.partition(".")
+    full = f"{prefix}{name}"
+    hint = _hints(type(node)).get(name)
+    if hint is None or dataclasses.is_dataclass(hint) != bool(rest):
+        raise _unknown(prefix + path)
+    if rest:
+        return dataclasses.replace(node, **{name: _replace(getattr(node, name), rest, text, prefix=f"{full}.")})
+    return dataclasses.replace(node, **{name: _fit(full, _parse(text, hint), hint)})
+
+
+def _parse(text: str, hint: Any) -> Any:
+    """The number that `text` spells where the field wants one; anything else stays text, for `_fit` to judge."""
+    if hint in (int, float):
+        with contextlib.suppress(ValueError):
+            return hint(text)
+    return text
+
+
+def _fit(path: str, value: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) is Literal:
+        options = typing.get_args(hint)
+        if value not in options:
+            raise ConfigError(f"{path}={value!r}: one of {', '.join(map(repr, options))} is needed")
+        return value
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is float and number and math.isfinite(value):
+        return float(value)
+    if hint is not float and isinstance(value, hint) and not isinstance(value, bool):
+        return value
+    raise ConfigError(f"{path}={value!r}: {WANTED[hint]} is needed")
+
+
+WANTED = {int: "an integer", float: "a finite number", str: "a string"}
+
+
+def _unknown(path: str) -> ConfigError:
+    """What the user may have meant: the same field of another section, then paths spelt alike, then the siblings."""
+    leaves = list(_leaf_types(Config))
+    last = path.rpartition(".")[2]
+    near = [leaf for leaf in leaves if leaf.rpartition(".")[2] == last] or difflib.get_close_matches(path, leaves, n=3)
+    if near:
+        return ConfigError(f"{path}: no such field; nearest: {', '.join(near)}")
+    siblings = [leaf for leaf in leaves if leaf.startswith(path.partition(".")[0] + ".")]
+    return ConfigError(f"{path}: no such field; there are {', '.join(siblings or _hints(Config))}")
+
+
+def _hints(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section)
+
+
+def _leaf_types(section: type, prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, hint in _hints(section).items():
+        path = prefix + name
+        leaves |= _leaf_types(hint, f"{path}.") if dataclasses.is_dataclass(hint) else {path: hint}
+    return leaves
+
+
+def _get(config: Config, path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+# What fits together --------------------------------------------------------------------------------------------------
+
+
+def _derive(config: Config) -> Config:
+    """Fill in the values that stand for another field, so that no section has to look into another."""
+    evaluation, optim = config.eval, config.optim
+    seq_len = evaluation.seq_len or config.data.seq_len
+    evaluation = dataclasses.replace(evaluation, seq_len=seq_len, stride=evaluation.stride or max(seq_len // 2, 1))
+    optim = dataclasses.replace(optim, adam_learning_rate=optim.adam_learning_rate or optim.learning_rate)
+    return dataclasses.replace(config, eval=evaluation, optim=optim)
+
+
+def _check_limits(config: Config) -> None:
+    for path, least in AT_LEAST.items():
+        if _get(config, path) < least:
+            raise ConfigError(f"{path}={_get(config, path)}: at least {least} is needed")
+    for path, most in AT_MOST.items():
+        if _get(config, path) > most:
+            raise ConfigError(f"{path}={_get(config, path)}: at most {most} fits")
+
+
+def _check_sizes(config: Config) -> None:
+    _check_divides("model.num_kv_heads", config.model.num_kv_heads, "model.num_heads", config.model.num_heads)
+    if config.model.head_dim % 2:
+        raise ConfigError(f"model.head_dim={config.model.head_dim}: rotary positions turn pairs, so it must be even")
+    _check_multiple("data.batch_size", config.data.batch_size, "train.accumulation", config.train.accumulation)
+    for path in ("data.seq_len", "eval.seq_len"):
+        if _get(config, path) > config.model.max_seq_len:
+            raise ConfigError(f"{path}={_get(config, path)}: at most model.max_seq_len={config.model.max_seq_len} fits")
+    if config.eval.stride > config.eval.seq_len:
+        raise ConfigError(f"eval.stride={config.eval.stride}: at most eval.seq_len={config.eval.seq_len} fits")
+    _check_mesh(config)
+
+
+def _check_mesh(config: Config) -> None:
+    sizes = dataclasses.asdict(config.mesh)
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ConfigError(f"mesh.{axis}={size}: a size is at least 1, or -1 for what is left")
+    if list(sizes.values()).count(-1) > 1:
+        taken, again, *_ = [axis for axis, size in sizes.items() if size == -1]
+        raise ConfigError(f"mesh.{again}=-1: only one axis may take what is left, and mesh.{taken} does")
+
+
+def _check_divides(path: str, value: int, whole_path: str, whole: int) -> None:
+    if whole % value:
+        divisors = [d for d in range(1, whole + 1) if whole % d == 0]
+        near = sorted(sorted(divisors, key=lambda d: abs(d - value))[:2])
+        raise ConfigError(f"{path}={value}: must divide {whole_path}={whole}; nearest: {', '.join(map(str, near))}")
+
+
+def _check_multiple(path: str, value: int, part_path: str, part: int) -> None:
+    if value % part:
+        below = value // part * part
+        near = [n for n in (below, below + part) if n]
+        raise ConfigError(
+            f"{path}={value}: must be a multiple of {part_path}={part}; nearest: {', '.join(map(str, near))}"
+        )

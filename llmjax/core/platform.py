@@ -1,0 +1,43 @@
+"""What has to be settled before jax is imported: which platform it uses, how much it says, how many CPU devices."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import logging
+import os
+
+DEVICE_FILES = {"tpu": ("/dev/accel*", "/dev/vfio/[0-9]*"), "cuda": ("/dev/nvidia[0-9]*",)}
+PLUGINS = {"tpu": ("libtpu",), "cuda": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
+
+
+def prepare(num_virtual_devices: int | None = None) -> None:
+    """Set the environment that jax reads at import; what the user has set already stays.
+
+    An installed libtpu without a chip (the `plan` extra) would make jax search for a TPU first and log an alarming
+    error, so the platform is named: an accelerator that is both present and supported, else the CPU.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", detect_platforms())
+    if num_virtual_devices:
+        flag = f"--xla_force_host_platform_device_count={num_virtual_devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    quiet()
+
+
+def detect_platforms() -> str:
+    """A value for JAX_PLATFORMS; the CPU is always in it, for callbacks and host arrays."""
+    for platform, patterns in DEVICE_FILES.items():
+        present = any(glob.glob(pattern) for pattern in patterns)
+        if present and any(importlib.util.find_spec(plugin) for plugin in PLUGINS[platform]):
+            return f"{platform},cpu"
+    return "cpu"
+
+
+def quiet() -> None:
+    """Leave errors to be seen and nothing else: C++ logs, absl's logger (Orbax, Grain), jax's own."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    logging.getLogger("jax").setLevel(logging.ERROR)

@@ -1,0 +1,1 @@
+"""Tests, one file beside each module of the package."""
