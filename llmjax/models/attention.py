@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
@@ -16,6 +15,7 @@ from llmjax.core import collectives
 from llmjax.core.sections import ModelConfig
 from llmjax.kernels.attention import api as kernel
 from llmjax.models import rope
+from llmjax.models.dense import dense
 from llmjax.models.param import param, weight
 
 
@@ -62,9 +62,9 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array, shared: AttentionInputs,
                  cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         x_BTD = collectives.enter_tensor(x_BTD)
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, weight(self.q, self.dtype))
-        k_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, weight(self.k, self.dtype))
-        v_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, weight(self.v, self.dtype))
+        q_BTNH = dense(x_BTD, weight(self.q, self.dtype))
+        k_BSKH = dense(x_BTD, weight(self.k, self.dtype))
+        v_BSKH = dense(x_BTD, weight(self.v, self.dtype))
         q_BTNH = rope.rotate(q_BTNH, shared.cos_BT1H, shared.sin_BT1H)
         k_BSKH = rope.rotate(k_BSKH, shared.cos_BT1H, shared.sin_BT1H)
         if cache is not None:
@@ -73,5 +73,5 @@ class Attention(nnx.Module):
             cache = LayerCache(k_BSKH, v_BSKH)
         out_BTNH = kernel.attention(q_BTNH, k_BSKH, v_BSKH, q_segment_ids_BT=shared.q_segment_ids_BT,
                                     kv_segment_ids_BS=shared.kv_segment_ids_BS, q_offset=shared.q_offset)
-        out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, weight(self.o, self.dtype))
+        out_BTD = dense(out_BTNH, weight(self.o, self.dtype), num_in_dims=2)
         return collectives.leave_tensor(out_BTD), cache

@@ -12,6 +12,7 @@ from jax import lax
 
 from llmjax.core import collectives
 from llmjax.core.sections import ModelConfig
+from llmjax.models.dense import dense
 from llmjax.models.param import param, weight
 
 
@@ -43,10 +44,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = collectives.enter_tensor(x_BTD)
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, weight(self.gate, self.dtype))
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, weight(self.up, self.dtype))
-        out_BTD = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, weight(self.down, self.dtype))
-        return collectives.leave_tensor(out_BTD)
+        gate_BTF = dense(x_BTD, weight(self.gate, self.dtype))
+        up_BTF = dense(x_BTD, weight(self.up, self.dtype))
+        return collectives.leave_tensor(dense(jax.nn.silu(gate_BTF) * up_BTF, weight(self.down, self.dtype)))
 
 
 class Embedder(nnx.Module):
