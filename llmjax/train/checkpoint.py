@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,9 +46,10 @@ class Checkpointer:
         import orbax.checkpoint as ocp
 
         self.folder, self._every = folder.absolute(), every
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        _quieten()
         with _one_line(f"cannot keep checkpoints in {self.folder}"):
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            _remove_debris(self.folder)
+            self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
 
     def due(self, step: int) -> bool:
         """Whether the state after `step` steps is one of those to save on the way."""
@@ -209,13 +212,33 @@ def _target(leaf: Any, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+def _remove_debris(folder: Path) -> None:
+    """Delete what a killed or failed save left; at once, because Orbax's own clean-up races with the next save."""
+    import orbax.checkpoint as ocp
+
+    if jax.process_index() == 0 and folder.is_dir():
+        for path in folder.iterdir():
+            if ocp.utils.is_tmp_checkpoint(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _quieten() -> None:
+    """Keep the tracebacks that Orbax's threads log off the screen: the same errors are raised, as one line."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_orbax_traceback)
+
+
+def _is_no_orbax_traceback(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
+
+
 @contextlib.contextmanager
 def _one_line(what: str) -> Iterator[None]:
-    """What the file system and Orbax raise, as one line; tensorstore reports a full disk as ValueError."""
+    """What the file system and Orbax raise, as one line; a full disk comes from tensorstore as a long ValueError."""
     try:
         yield
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RunError(f"{what}: {reason}") from error
+        causes = str(error).split(" [")[0].split(": ")  # tensorstore appends its specification in brackets
+        raise RunError(" ".join(f"{what}: {': '.join(causes[-2:])}".split())) from error
