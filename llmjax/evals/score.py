@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from llmjax.core.sections import ModelConfig
 from llmjax.core.task import Params
 from llmjax.data.pack import pack_plan
 from llmjax.models import decoder
@@ -69,12 +70,13 @@ def windows(ids: np.ndarray, *, seq_len: int, stride: int) -> list[Span]:
     """Spans that score every token of `ids` but the first exactly once, with at most `seq_len` tokens before each.
 
     After the first window each one scores `stride` new tokens, the last one what is left, with a full context.
+    No windows where there is nothing to score.
     """
     if not 1 <= stride <= seq_len:
         raise ValueError(f"stride {stride} must lie between 1 and the context, {seq_len} tokens")
     last = len(ids) - 1
     end = min(seq_len, last)
-    spans = [Span(ids[:end + 1], end)]
+    spans = [Span(ids[:end + 1], end)] if end else []
     while end < last:
         step = min(stride, last - end)
         end += step
@@ -99,14 +101,13 @@ def score(model: decoder.Model, params: Params, spans: Sequence[Span], *, seq_le
     plan = pack_plan(np.array([len(span.ids) for span in spans]), seq_len=row_len, seed=0, method="best_fit")
     packed = [plan.documents[start:end].tolist() for start, end in itertools.pairwise(plan.row_starts)]
     chunk = min(max(32, LOGITS_A_CHUNK // model.config.vocab_size), num_rows * row_len)
-    step = jax.jit(functools.partial(_score_rows, model, chunk=chunk))
     scores: dict[int, SpanScore] = {}
     pending: tuple[tuple[int, ...], tuple[jax.Array, jax.Array]] | None = None
     starts = range(0, len(packed), num_rows)
     for done, start in enumerate(starts):
         rows = make_rows(spans, packed[start:start + num_rows], num_rows=num_rows, row_len=row_len, chunk=chunk)
         arrays = dataclasses.replace(rows, spans=())
-        dispatched = (rows.spans, step(params, arrays))
+        dispatched = (rows.spans, _score_rows(model.config, params, arrays, chunk=chunk))
         if pending:  # read a batch only when the next one is under way
             scores.update(_collect(spans, *pending))
         if on_batch:
@@ -143,8 +144,10 @@ def make_rows(spans: Sequence[Span], packed: Sequence[Sequence[int]], *, num_row
                 num_scored=np.int32(num_scored), spans=tuple(order))
 
 
-def _score_rows(model: decoder.Model, params: Params, rows: Rows, *, chunk: int) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("config", "chunk"))
+def _score_rows(config: ModelConfig, params: Params, rows: Rows, *, chunk: int) -> tuple[jax.Array, jax.Array]:
     """Log-probability (S,) of each scored token and whether it is the most probable; zeros beyond the real ones."""
+    model = decoder.abstract_model(config)
     hidden_BTD, _ = decoder.forward(model, params, rows.tokens_BT, positions_BT=rows.positions_BT,
                                     segment_ids_BT=rows.segment_ids_BT)
     hidden_XD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
