@@ -23,6 +23,7 @@ class Coverage:
 
     @property
     def bytes_per_token(self) -> float:
+        """Bytes of UTF-8 text that a token stands for, on average."""
         return self.bytes / self.tokens
 
 

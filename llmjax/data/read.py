@@ -37,6 +37,7 @@ class Document:
 
     @functools.cached_property
     def num_bytes(self) -> int:
+        """Size of the text in UTF-8."""
         return len(self.text.encode("utf-8"))
 
 

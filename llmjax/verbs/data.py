@@ -42,11 +42,15 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def _build(config: Config, workdir: Path, args: argparse.Namespace) -> int:
+    from llmjax.core.config import CONFIG_FILE, to_dict
+    from llmjax.core.files import write_json
     from llmjax.data.build import build
-    from llmjax.data.progress import StderrProgress
+    from llmjax.track.progress import Stages
 
     out = Path(config.data.path) if config.data.path else workdir
-    manifest = build(config.data, config.tokenizer, out, progress=StderrProgress(), reuse="same_inputs")
+    manifest = build(config.data, config.tokenizer, out, progress=Stages("data"), reuse="same_inputs")
+    if not (workdir / "checkpoints").exists():  # a run that has begun keeps the config it began with
+        write_json(workdir / CONFIG_FILE, to_dict(config))
     print(_summary(manifest))
     if args.json:
         print(json.dumps({"folder": str(out), "documents": manifest.num_documents, "tokens": manifest.num_tokens,

@@ -42,12 +42,12 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 def _train(config: Config, workdir: Path, args: argparse.Namespace) -> int:
     from llmjax.data.build import make_tokenizer
     from llmjax.data.curate import curate
-    from llmjax.data.progress import StderrProgress
     from llmjax.data.registry import find_sources
+    from llmjax.track.progress import Stages
 
     sources, holdouts = (find_sources(spec, field=field, licence=config.data.licence) for spec, field in (
         (config.data.sources, "data.sources"), (config.data.holdouts, "data.holdouts")))
-    progress = StderrProgress()
+    progress = Stages("tokenizer")
     corpus = curate(config.data, sources, holdouts, progress=progress)
     tokenizer = make_tokenizer(corpus.train, config.tokenizer, workdir / "tokenizer", progress)
     print(f"{workdir / 'tokenizer'}: {tokenizer.vocab_size:,} pieces, hash {tokenizer.hash}")

@@ -112,6 +112,8 @@ def test_the_holdout_depends_on_content_alone(config, tmp_path):
 def test_the_held_out_share_is_the_fraction_asked_for():
     ids = [content_hash(str(i)) for i in range(10_000)]
     assert abs(sum(is_held_out(id_, 0.05) for id_ in ids) / 10_000 - 0.05) < 0.01
+    # Pinned: another process or machine has to hold out the same documents.
+    assert [i for i in range(20) if is_held_out(ids[i], 0.25)] == [12, 15, 17]
     assert not any(is_held_out(id_, 0.0) for id_ in ids)
     assert all(is_held_out(id_, 1.0) for id_ in ids)
 
@@ -167,9 +169,10 @@ build(DataConfig(sources=sys.argv[1], holdout_fraction=0.2, max_bytes=4000),
 
 
 @pytest.mark.parametrize("stage", ["dedup", "encode"])
-def test_a_killed_build_leaves_no_manifest_and_the_next_one_equals_an_undisturbed_one(config, tmp_path, stage):
+def test_a_killed_build_leaves_no_manifest_and_the_next_equals_an_undisturbed_one(config, tmp_path, command_env, stage):
     build(config, TOKENIZER, tmp_path / "whole")
-    done = subprocess.run([sys.executable, "-c", KILLED, config.sources, str(tmp_path / "out"), stage], check=False)
+    command = [sys.executable, "-c", KILLED, config.sources, str(tmp_path / "out"), stage]
+    done = subprocess.run(command, env=command_env, check=False)
     assert done.returncode == -signal.SIGKILL
     assert all(name.startswith(builds.PARTIAL) for name in contents(tmp_path / "out"))
     with pytest.raises(RunError, match="no complete data"):

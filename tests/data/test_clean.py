@@ -30,6 +30,11 @@ def test_verbatim_text_without_carriage_returns_is_untouched(text):
     assert clean(text, "verbatim") == text
 
 
+@pytest.mark.parametrize("kind", ["prose", "verbatim"])
+def test_byte_order_marks_go_however_many(kind):
+    assert clean("\ufeff\ufeffx", kind) == "x"
+
+
 def test_verbatim_python_means_the_same():
     code = "x = 'e\u0301'  \r\ny = '''a \r\n\r\n\r\n\r\n b'''\r\n"
     assert ast.dump(ast.parse(clean(code, "verbatim"))) == ast.dump(ast.parse(code))

@@ -1,9 +1,7 @@
 """Near duplicates against a plain Jaccard, planted ground truth, and datasketch's MinHash."""
 
-import os
 import random
 import re
-from pathlib import Path
 
 import datasketch
 import numpy as np
@@ -116,6 +114,17 @@ def test_planted_near_duplicates_are_found_exactly():
         assert match.jaccard == pytest.approx(plain_jaccard(texts[i], texts[match.kept]))
 
 
+def test_pairs_below_the_threshold_are_never_duplicates():
+    texts = pairs_of_every_similarity(300, length=120, seed=7)
+    true = {a + 1: a for a in range(0, len(texts), 2) if plain_jaccard(texts[a], texts[a + 1]) >= 0.7}
+    close = {a + 1 for a in range(0, len(texts), 2) if 0.6 <= plain_jaccard(texts[a], texts[a + 1]) < 0.7}
+    candidates = {b for _, b in candidate_pairs(sketch(shingle_sets(texts)), threshold=0.7)}
+    found = {i: match.kept for i, match in near_duplicates(texts, threshold=0.7).items()}
+    assert close & candidates
+    assert found.items() <= true.items()
+    assert len(found) >= 0.97 * len(true)
+
+
 def test_a_chain_is_one_group_and_its_first_text_stays():
     rng = random.Random(5)
     words = rng.choices(VOCABULARY, k=400)
@@ -153,14 +162,10 @@ def test_exact_duplicates_name_the_first():
     assert exact_duplicates(ids) == {2: 0, 4: 1, 5: 0}
 
 
-def test_two_editions_of_a_book_are_near_duplicates():
-    found = os.environ.get("LLMJAX_DATA") or Path(__file__).parents[3] / "shared" / "data"
-    books = Path(found) / "books"
-    if not books.is_dir():
-        pytest.skip(f"no real data: set LLMJAX_DATA to a folder with books/ ({books} does not exist)")
-    names = sorted(path.name for path in books.glob("*.txt"))
-    texts = [clean(decode((books / name).read_bytes())[0], "prose") for name in names]
+def test_two_editions_of_a_book_are_near_duplicates(data_dir):
+    paths = sorted((data_dir / "books").glob("*.txt"))
+    texts = [clean(decode(path.read_bytes())[0], "prose") for path in paths]
     found = near_duplicates(texts, threshold=0.7)
-    assert {names[i]: names[match.kept] for i, match in found.items()} == {
-        "devils_dictionary_older_edition.txt": "devils_dictionary.txt",
-        "news_from_nowhere_older_edition.txt": "news_from_nowhere.txt"}
+    assert {paths[i].stem: paths[match.kept].stem for i, match in found.items()} == {
+        "devils_dictionary_older_edition": "devils_dictionary",
+        "news_from_nowhere_older_edition": "news_from_nowhere"}
