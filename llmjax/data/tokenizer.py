@@ -28,13 +28,17 @@ SPACE_MARK = "\u2581"  # stands for a space inside SentencePiece
 # One `<role>: <content>` line a message, closed by the end token where the assistant spoke.
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
 # Characters encoded alone because SentencePiece or `tokenizers` would read them as something else: a real U+2581 (the
 # mark of a space, written as bytes instead), and the first one of what looks like a control or a byte piece.
-CUT_PATTERN = r"\u2581|<(?=(?:pad|s|/s|unk|0x[0-9A-F]{2})>)"
+_ALONE = r"\u2581|<(?=(?:pad|s|/s|unk|0x[0-9A-F]{2})>)"
+
+# Where text is cut before it is encoded. Unigram models search for the best sum of scores, in float32 here and in
+# float64 there: over at most 1024 characters the sums are exact in both (see `tokenizer_train`).
+CUT_PATTERNS = {"bpe": _ALONE, "unigram": rf"{_ALONE}|(?:(?!{_ALONE})[\s\S]){{1,1024}}"}
 
 _log = logging.getLogger(__name__)
 
@@ -184,14 +188,15 @@ class Backend(Protocol):
 class SentencePieceBackend:
     """A SentencePiece model that changes nothing in its input and falls back to bytes."""
 
-    _CUT = re.compile(f"({CUT_PATTERN})")
     _SPECIAL = re.compile("(" + "|".join(SPECIAL_PIECES) + ")")
 
     def __init__(self, file: Path):
         import sentencepiece
 
         self.file = file
-        self._processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        serialised = file.read_bytes()
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=serialised)
+        self._cut = re.compile(f"({CUT_PATTERNS[model_kind(serialised)]})")
         self._bytes = self.token_bytes()
         self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self.vocab_size = len(self._bytes)
@@ -203,7 +208,7 @@ class SentencePieceBackend:
             )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        parts_of = [self._CUT.split(text) for text in texts]
+        parts_of = [self._cut.split(text) for text in texts]
         flat = [part for parts in parts_of for part in parts]
         encoded = self._processor.encode(flat, num_threads=len(os.sched_getaffinity(0)))
         ids = (self._mark_ids if part == SPACE_MARK else tokens for part, tokens in zip(flat, encoded, strict=True))
@@ -284,6 +289,14 @@ _SETTINGS: dict[str, Any] = {
     "unk_token": "<unk>",
     "chat_template": DEFAULT_CHAT_TEMPLATE,
 }
+
+
+def model_kind(serialised: bytes) -> Literal["bpe", "unigram"]:
+    """The algorithm of a serialised SentencePiece model."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    spec: Any = sentencepiece_model_pb2.ModelProto.FromString(serialised).trainer_spec
+    return "bpe" if spec.model_type == spec.BPE else "unigram"
 
 
 def _marked_bytes(token: str) -> bytes:

@@ -31,8 +31,9 @@ _WORD = re.compile(
     r"| ?[^\w\s]{1,32}"
     r"|\s+"
 )
-_SCORE_STEP = 2.0**-10  # unigram scores are multiples of it, so that sums of thousands are exact in float32
-_CUT_BYTES = 1 << 16  # documents are sampled in pieces of this many characters
+_SCORE_STEP = 2.0**-9  # unigram scores are multiples of it: sums down to -2**15 are exact in float32
+_MAX_WORDS = 1 << 16  # rarer ones cost time and teach little
+_PIECE_CHARS = 1 << 16  # documents are sampled in pieces of this many characters
 
 
 def train_model(texts: Iterable[str], config: TokenizerConfig) -> bytes:
@@ -56,21 +57,23 @@ def sample(texts: Iterable[str], *, max_chars: int) -> list[str]:
     return [piece[:max_chars] for _, piece in heap]
 
 
-def count_words(texts: Iterable[str]) -> collections.Counter[str]:
-    """How often each training word occurs."""
+def count_words(texts: Iterable[str]) -> dict[str, int]:
+    """How often each training word occurs, for the most common ones."""
     words: collections.Counter[str] = collections.Counter()
     for text in texts:
         words.update(_WORD.findall(text))
-    return collections.Counter({word: count for word, count in words.items() if not _UNTRAINABLE.search(word)})
+    usable = (word for word in words if not _UNTRAINABLE.search(word))
+    common = sorted(usable, key=lambda word: (-words[word], word))[:_MAX_WORDS]
+    return {word: words[word] for word in common}
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        for start in range(0, len(text), _CUT_BYTES):
-            yield text[start : start + _CUT_BYTES]
+        for start in range(0, len(text), _PIECE_CHARS):
+            yield text[start : start + _PIECE_CHARS]
 
 
-def _train(words: collections.Counter[str], config: TokenizerConfig) -> bytes:
+def _train(words: dict[str, int], config: TokenizerConfig) -> bytes:
     import sentencepiece
 
     lines = (f"{word.translate(_TO_STAND_INS)}\t{count}" for word, count in sorted(words.items()))
@@ -93,6 +96,8 @@ def _train(words: collections.Counter[str], config: TokenizerConfig) -> bytes:
             split_by_number=False,
             max_sentencepiece_length=_MAX_PIECE,
             seed_sentencepiece_size=20 * config.vocab_size,
+            shrinking_factor=0.5,  # unigram: three times as fast as the default pruning, for 0.1 % more tokens
+            num_sub_iterations=1,
             num_threads=4,  # recorded in the model: a constant, so that every machine writes the same file
             pad_id=0,
             bos_id=1,
