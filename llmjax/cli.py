@@ -21,6 +21,7 @@ from llmjax.core.errors import LlmjaxError
 
 CONVENTION = "exit status: 0 done, 1 failed, 2 wrong use, 75 stopped on purpose and wants a restart"
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
+LESS_MEMORY = "lower data.batch_size or data.seq_len, raise train.accumulation, or set train.remat=full"
 PIPE_CLOSED = 141  # as a shell reports a process that SIGPIPE ended
 
 
@@ -147,7 +148,7 @@ def describe(error: BaseException, *, verb: str) -> str:
         return text
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
         detail = f" ({text[:120]})" if text else ""
-        return f"out of memory{detail}: lower data.batch_size or data.seq_len, raise train.accumulation, or set train.remat=full"
+        return f"out of memory{detail}: {LESS_MEMORY}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left on the disk{f' of {error.filename}' if error.filename else ''}"
     if isinstance(error, OSError) and error.strerror:

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from llmjax.core.errors import ConfigError, RunError
+from llmjax.core.files import write_json
 from llmjax.core.sections import Config
 
 CONFIG_FILE = "config.json"
@@ -91,6 +92,11 @@ def from_workdir(workdir: Path, overrides: Mapping[str, str] | None = None) -> C
     return resolve(raw, overrides)
 
 
+def save(config: Config, workdir: Path) -> None:
+    """Leave the resolved config in a workdir, which from then on describes itself."""
+    write_json(workdir / CONFIG_FILE, to_dict(config))
+
+
 # Recipes -------------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +165,7 @@ def _as_dict(raw: Any) -> dict[str, Any]:
 # Plain values to typed fields ----------------------------------------------------------------------------------------
 
 
-def _build(section: type, raw: Any, *, prefix: str) -> Any:
+def _build(section: Any, raw: Any, *, prefix: str) -> Any:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{prefix}={raw!r}: a section with fields {', '.join(_hints(section))} is needed")
     values = {}
@@ -220,11 +226,11 @@ def _unknown(path: str) -> ConfigError:
     return ConfigError(f"{path}: no such field; there are {', '.join(siblings or _hints(Config))}")
 
 
-def _hints(section: type) -> dict[str, Any]:
+def _hints(section: Any) -> dict[str, Any]:
     return typing.get_type_hints(section)
 
 
-def _leaf_types(section: type, prefix: str = "") -> dict[str, Any]:
+def _leaf_types(section: Any, prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, hint in _hints(section).items():
         path = prefix + name
@@ -297,3 +303,4 @@ def _check_multiple(path: str, value: int, part_path: str, part: int) -> None:
         raise ConfigError(
             f"{path}={value}: must be a multiple of {part_path}={part}; nearest: {', '.join(map(str, near))}"
         )
+

@@ -1,0 +1,62 @@
+"""How llmjax is installed. `llmjax/kernels` is a symbolic link to `kernels/`, so packages are found as namespaces."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+ROOT = Path(__file__).parent
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "llmjax/__init__.py").read_text(), re.MULTILINE)
+
+# jax and flax move together: flax 0.12.8 does not import on jax 0.11.1, and jax 0.12 needs Python 3.12.
+OLDER, NEWER = "python_version < '3.12'", "python_version >= '3.12'"
+
+CORE = [
+    f"jax>=0.10.2,<0.11; {OLDER}",
+    f"flax>=0.12.8,<0.12.9; {OLDER}",
+    f"jax>=0.12,<0.13; {NEWER}",
+    f"flax>=0.12.12,<0.13; {NEWER}",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "tensorstore>=0.1.86",
+    "ml-collections>=1.1",
+    "clu>=0.0.12",
+    "numpy>=2.1",
+    "sentencepiece>=0.2.1",
+    "tokenizers>=0.22",
+    "jinja2>=3.1",
+    "pyarrow>=20",
+    "xxhash>=3.5",
+    "safetensors>=0.6",
+    "tensorboardX>=2.6.4",
+    "matplotlib>=3.9",
+]
+SERVE = ["starlette>=0.47", "uvicorn>=0.35"]
+EVAL = ["sacrebleu>=2.5", "rouge-score>=0.1.2", "lm-eval>=0.4.13,<0.5"]
+TRACK = ["codecarbon>=3.2", "tensorboard>=2.20"]
+PLAN = [f"libtpu==0.0.42.*; {OLDER}", f"libtpu==0.0.50.*; {NEWER}"]  # as the jax of each asks
+BENCH = ["torch==2.13.0", "transformers>=5.23,<6"]
+TEST = [
+    *SERVE, *EVAL, *TRACK, *PLAN, *BENCH,
+    "pytest>=8.4", "hypothesis>=6.140", "ruff>=0.15", "mypy>=1.18",
+    "trl>=1.16,<2", "peft>=0.21", "datasketch>=1.6", "openai>=2", "httpx>=0.28",
+    "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.30",
+]  # fmt: skip
+
+setup(
+    name="llmjax",
+    version=VERSION,
+    description="The whole life of a large language model on JAX and TPUs",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["llmjax", "llmjax.*"]),
+    install_requires=CORE,
+    extras_require={
+        "serve": SERVE, "eval": EVAL, "track": TRACK, "plan": PLAN, "bench": BENCH, "test": TEST,
+        "spark": ["pyspark>=4"], "ray": ["ray[data]>=2.50"],
+    },  # fmt: skip
+    entry_points={"console_scripts": ["llmjax=llmjax.cli:main"]},
+)
