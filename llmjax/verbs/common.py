@@ -32,3 +32,10 @@ def open_run(args: argparse.Namespace, overrides: Mapping[str, str]) -> tuple[Co
     if not (args.workdir / CONFIG_FILE).exists():
         raise ConfigError(f"--workdir={args.workdir}: there is no {CONFIG_FILE} in it, so --config=FILE is needed")
     return from_workdir(args.workdir, overrides), args.workdir
+
+
+def find_workdir(args: argparse.Namespace, overrides: Mapping[str, str]) -> Path:
+    """The workdir of a run that has been trained: the one named, or else the one its recipe trains in."""
+    if args.workdir is None and args.config is None:
+        raise ConfigError("--workdir=DIR is needed (or --config=FILE of a run that trained in runs/<its name>)")
+    return args.workdir or Path("runs") / load(args.config, overrides).name
