@@ -40,7 +40,7 @@ def faults(name: str, source: str) -> list[str]:
         top, *rest = module.split(".")
         if top in FOREIGN:
             found.append(f"imports {top}")
-        if top == "llmjax" and rest[0] in LEVEL and rest[0] != room and LEVEL[rest[0]] >= LEVEL[room]:
+        if top == "llmjax" and rest and rest[0] in LEVEL and rest[0] != room and LEVEL[rest[0]] >= LEVEL[room]:
             found.append(f"{room} imports {module}, which is not to its left")
         if room == "serve" and module.startswith(("llmjax.train.loop", "llmjax.train.step")):
             found.append(f"serve imports the training loop: {module}")

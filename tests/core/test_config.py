@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmjax.core import config as config_lib
-from llmjax.core.config import flatten, from_workdir, load, resolve, to_dict
+from llmjax.core.config import flatten, from_workdir, load, resolve, save, to_dict
 from llmjax.core.errors import ConfigError, RunError
 
 RECIPE = '''
@@ -158,7 +158,7 @@ def test_every_size_has_a_limit_that_names_a_field() -> None:
 
 def test_a_workdir_gives_its_config_back_and_takes_overrides(tmp_path: Path) -> None:
     config = resolve({"name": "here", "train": {"steps": 5}})
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    save(config, tmp_path)
     assert from_workdir(tmp_path) == config
     assert from_workdir(tmp_path, {"train.steps": "6"}).train.steps == 6
 
