@@ -49,11 +49,13 @@ def data_folder(config: DataConfig, workdir: Path) -> Path:
 
 def build(config: DataConfig, tokenizer: TokenizerConfig, out: Path, *, progress: Progress = quiet,
           reuse: Literal["same_config", "same_inputs"] = "same_config") -> Manifest:
-    """Make `out` a complete data folder and return its manifest.
+    """Make `out` a complete data folder and return its manifest; a folder named by `data.path` is only looked at.
 
     A complete folder of the same config is left as it is; with `reuse="same_inputs"` only when the files that were read
     still hold the same bytes. Raises RunError for missing files, an empty corpus and a full disk.
     """
+    if config.path:
+        return Manifest.load(Path(config.path))
     recipe = _recipe(config, tokenizer)
     found = _complete(out, manifests.hash_json(recipe))
     if found and reuse == "same_config":

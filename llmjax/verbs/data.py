@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmjax.core.errors import ConfigError
 from llmjax.verbs.common import add_run_arguments, open_run
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from llmjax.core.sections import Config
     from llmjax.data.manifest import Manifest
     from llmjax.data.trace import Segment
@@ -47,13 +49,14 @@ def _build(config: Config, workdir: Path, args: argparse.Namespace) -> int:
     from llmjax.data.build import build
     from llmjax.track.progress import Stages
 
-    out = Path(config.data.path) if config.data.path else workdir
-    manifest = build(config.data, config.tokenizer, out, progress=Stages("data"), reuse="same_inputs")
+    if config.data.path:
+        raise ConfigError(f"data.path={config.data.path!r}: names data to use; leave it empty to build in --workdir")
+    manifest = build(config.data, config.tokenizer, workdir, progress=Stages("data"), reuse="same_inputs")
     if not (workdir / "checkpoints").exists():  # a run that has begun keeps the config it began with
         write_json(workdir / CONFIG_FILE, to_dict(config))
     print(_summary(manifest))
     if args.json:
-        print(json.dumps({"folder": str(out), "documents": manifest.num_documents, "tokens": manifest.num_tokens,
+        print(json.dumps({"folder": str(workdir), "documents": manifest.num_documents, "tokens": manifest.num_tokens,
                           "bytes": manifest.num_bytes, "dropped": manifest.dropped, "hash": manifest.hash}))
     return 0
 
@@ -72,6 +75,8 @@ def _show(config: Config, workdir: Path, args: argparse.Namespace) -> int:
     from llmjax.data.tokenizer import Tokenizer
     from llmjax.data.trace import batch_segments
 
+    if config.task.name != "pretrain":
+        raise ConfigError(f"task.name={config.task.name!r}: data show follows the packed documents of 'pretrain'")
     folder = data_folder(config.data, workdir)
     segments = batch_segments(folder, config.data, step=args.step)
     tokenizer = Tokenizer.load(folder)

@@ -219,6 +219,26 @@ def test_a_complete_folder_is_reused_until_config_or_inputs_change(config, tmp_p
     assert "encode" in stages_of(dataclasses.replace(config, min_bytes=201))
 
 
+def test_a_folder_named_by_data_path_is_used_and_never_rebuilt(config, tmp_path):
+    made = build(config, TOKENIZER, tmp_path / "made")
+    before = contents(tmp_path / "made")
+    other = DataConfig(path=str(tmp_path / "made"), sources="stdlib")
+    assert build(other, TokenizerConfig(vocab_size=999), data_folder(other, tmp_path / "run")) == made
+    assert contents(tmp_path / "made") == before
+    missing = dataclasses.replace(other, path=str(tmp_path / "missing"))
+    with pytest.raises(RunError, match="no complete data"):
+        build(missing, TOKENIZER, data_folder(missing, tmp_path / "run"))
+
+
+def test_real_books_lose_their_older_editions_and_keep_their_letters(data_dir, tmp_path):
+    books = f"{data_dir}/books/news_*.txt, {data_dir}/books/*_latin1.txt"
+    manifest = build(DataConfig(sources=books, holdout_fraction=0), TOKENIZER, tmp_path / "out")
+    kept = {Path(d["path"]).stem: d["text"] for d in pq.read_table(tmp_path / "out" / "documents.parquet").to_pylist()}
+    assert kept.keys() == {"news_from_nowhere", "ontboezemingen_nl_latin1"}
+    assert "één" in kept["ontboezemingen_nl_latin1"]
+    assert (manifest.dropped, manifest.encodings) == ({"near_duplicate": 1}, {"latin-1": 1, "utf-8": 2})
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing_unfinished(config, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")

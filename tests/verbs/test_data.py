@@ -77,6 +77,15 @@ def test_a_failing_build_ends_in_one_line(recipe, options, message, tmp_path, ca
     assert not (tmp_path / "w" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(("verb", "option", "message"), [
+    ("build", "--config.data.path=elsewhere", "data.path='elsewhere': names data to use"),
+    ("show", "--config.task.name=sft", "task.name='sft': data show follows"),
+])
+def test_what_makes_no_sense_is_wrong_use(recipe, tmp_path, capsys, verb, option, message):
+    assert main(["data", verb, *recipe, option, f"--workdir={tmp_path}/w"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_show_without_data_says_what_to_do(root, tmp_path, capsys):
     assert main(["data", "show", f"--config={root}/configs/data/from_files.py", f"--workdir={tmp_path}/empty"]) == 1
     assert "build the data" in capsys.readouterr().err
