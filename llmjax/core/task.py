@@ -30,7 +30,7 @@ LossFn = Callable[[Any, Params, Params, Mapping[str, jax.Array], jax.Array], Los
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """Called after every `every`-th step, outside of the step, with the state as it stands."""
+    """Called after every `every`-th step, outside of the step, with the state as it stands; returns metrics."""
 
     every: int
     call: Callable[[int, Any], Mapping[str, float]]
@@ -38,9 +38,9 @@ class Hook:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Batches from any step on, a loss, which parameters train, and what to do along the way."""
+    """Batches from any step on, a loss, what stays frozen beside the parameters, and what to do along the way."""
 
     batches: Callable[[int], Iterator[Batch]]  # start step -> global batches (this process's rows)
     loss: LossFn
-    trainable: Callable[[tuple[str, ...]], bool] = lambda path: True
+    frozen: Params = dataclasses.field(default_factory=dict)  # arrays the loss reads and nothing changes
     hooks: tuple[Hook, ...] = ()

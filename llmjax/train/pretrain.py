@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from llmjax.core.sections import TaskConfig
-from llmjax.core.task import LossFn, LossOutput, Params
+from llmjax.core.sections import Config, TaskConfig
+from llmjax.core.task import Batch, LossFn, LossOutput, Params, Task
+from llmjax.data import loader
+from llmjax.data.pack import PackPlan, pack_plan
+from llmjax.data.shards import TokenStore
 from llmjax.kernels.cross_entropy.api import TokenLoss, linear_cross_entropy
 from llmjax.models.decoder import Model, forward, head_kernel
 
 
 def token_loss(model: Model, params: Params, batch: Mapping[str, jax.Array], *, remat: str) -> TokenLoss:
     """Loss of every target of a batch (B, T), flattened to (B * T,)."""
-    hidden_BTD, _ = forward(model, params, batch["tokens"], positions_BT=batch["positions"],
-                            segment_ids_BT=batch["segment_ids"], remat=remat)
+    hidden_BTD, _ = forward(model, params, batch["tokens_BT"], positions_BT=batch["positions_BT"],
+                            segment_ids_BT=batch["segment_ids_BT"], remat=remat)
     hidden_TD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    return linear_cross_entropy(hidden_TD, head_kernel(model, params), batch["targets"].reshape(-1))
+    return linear_cross_entropy(hidden_TD, head_kernel(model, params), batch["targets_BT"].reshape(-1))
 
 
 def make_loss(config: TaskConfig, *, remat: str) -> LossFn:
@@ -27,8 +32,22 @@ def make_loss(config: TaskConfig, *, remat: str) -> LossFn:
              key: jax.Array) -> LossOutput:
         del frozen, key
         tokens = token_loss(model, params, batch, remat=remat)
-        weights_T = batch["weights"].reshape(-1)
+        weights_T = batch["weights_BT"].reshape(-1)
         loss_T = tokens.nll_T + config.z_loss * jnp.square(tokens.log_z_T) if config.z_loss else tokens.nll_T
         return LossOutput(jnp.sum(loss_T * weights_T), jnp.sum(weights_T), {})
 
     return loss
+
+
+def make_task(config: Config, *, data: Path, process_index: int = 0, process_count: int = 1) -> Task:
+    """Packed rows of a data folder, each target weighing one."""
+    store = TokenStore.open(data / "shards")
+    plan = pack_plan(store.lengths, seq_len=config.data.seq_len, seed=config.data.shuffle_seed)
+    batches = functools.partial(_batches, store, plan, config, process_index, process_count)
+    return Task(batches=batches, loss=make_loss(config.task, remat=config.train.remat))
+
+
+def _batches(store: TokenStore, plan: PackPlan, config: Config, process_index: int, process_count: int,
+             start_step: int) -> Iterator[Batch]:
+    return loader.batches(store, plan, batch_size=config.data.batch_size, seed=config.data.shuffle_seed,
+                          start_step=start_step, process_index=process_index, process_count=process_count)

@@ -1,0 +1,124 @@
+"""`llmjax train`: data, tokenizer, training, evaluation and the card of a run, from a config to a finished workdir."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmjax.core import config as configs
+from llmjax.core.errors import ConfigError
+from llmjax.core.sections import Config
+from llmjax.verbs.common import add_run_arguments, open_run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llmjax.core.task import Params, Task
+    from llmjax.data.tokenizer import Tokenizer
+    from llmjax.train.loop import Run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's flags."""
+    parser.description = "Train what the config says. The same command goes on after a stop, from the last checkpoint."
+    parser.epilog = "example: llmjax train --config=configs/quickstart.py --config.train.steps=100"
+    add_run_arguments(parser)
+    parser.add_argument("--profile", metavar="STEPS", default="",
+                        help="trace these steps, FIRST:LAST, into <workdir>/profile for TensorBoard or Perfetto")
+
+
+def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+    """Train, evaluate and describe; returns the exit status."""
+    config, workdir = open_run(args, overrides)
+    config = _with_profile(config, args.profile)
+    if _finished(workdir, config):
+        print(f"{workdir} has finished its {config.train.steps:,} steps; try: "
+              f"llmjax generate --workdir={workdir} --prompt='{config.eval.prompt or 'def '}'")
+        print(workdir)
+        return 0
+    tokenizer, config = _tokenizer(config, workdir)
+    configs.save(config, workdir)
+
+    from llmjax.verbs import train_report
+
+    with train_report.Session(config, workdir) as session:
+        prepared = prepare(config, workdir, tokenizer)
+        state = session.train(prepared)
+        session.describe(prepared, state)
+    print(workdir)
+    return 0
+
+
+def _with_profile(config: Config, steps: str) -> Config:
+    if steps and not re.fullmatch(r"\d+:\d+", steps):
+        raise ConfigError(f"--profile={steps}: name the first and the last step to trace, for example --profile=5:8")
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, profile=steps)) if steps else config
+
+
+def _finished(workdir: Path, config: Config) -> bool:
+    """Whether the last checkpoint and the card are there; looks at names alone, so it answers at once."""
+    return (workdir / "checkpoints" / str(config.train.steps)).is_dir() and (workdir / "card.md").exists()
+
+
+def _tokenizer(config: Config, workdir: Path) -> tuple[Tokenizer, Config]:
+    """The run's tokenizer, in the workdir, and the config with what follows from it or from the parent run."""
+    from llmjax.data.build import build, data_folder
+    from llmjax.track.progress import Stages
+    from llmjax.data.tokenizer import Tokenizer
+
+    model = config.model
+    if config.train.init_from:
+        parent = Path(config.train.init_from)
+        tokenizer = Tokenizer.load(parent)
+        model = configs.from_workdir(parent).model  # the weights decide
+    else:
+        folder = data_folder(config.data, workdir)
+        build(config.data, config.tokenizer, folder, progress=Stages("data"))
+        tokenizer = Tokenizer.load(folder)
+        model = dataclasses.replace(model, vocab_size=model.vocab_size or tokenizer.vocab_size)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's "
+                          f"{tokenizer.vocab_size}; set it to 0 for the tokenizer's size")
+    tokenizer.save(workdir / "tokenizer")
+    return tokenizer, dataclasses.replace(config, model=model)
+
+
+def prepare(config: Config, workdir: Path, tokenizer: Tokenizer) -> Run:
+    """Mesh, model, task and checkpoints of a run; jax starts here."""
+    import jax
+
+    from llmjax.core.mesh import make_mesh
+    from llmjax.models.decoder import abstract_model, init_params
+    from llmjax.train.checkpoint import Checkpointer, restore_params
+    from llmjax.train.loop import Run
+
+    mesh = make_mesh(config.mesh)
+    model = abstract_model(config.model)
+
+    def parent_params() -> dict:
+        return restore_params(Path(config.train.init_from) / "checkpoints", model.abstract_params(mesh), mesh=mesh)
+
+    def fresh_params() -> dict:
+        return init_params(config.model, jax.random.key(config.train.seed), mesh)
+
+    with jax.set_mesh(mesh):
+        task = _make_task(config, workdir, tokenizer, parent_params)
+    checkpointer = Checkpointer(workdir / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
+    return Run(config, model, mesh, task, checkpointer, profile_folder=workdir / "profile",
+               initial_params=parent_params if config.train.init_from else fresh_params,
+               meta={"tokenizer_hash": tokenizer.hash, "config": configs.to_dict(config)})
+
+
+def _make_task(config: Config, workdir: Path, tokenizer: Tokenizer, parent_params: Callable[[], Params]) -> Task:
+    """The batches, loss and frozen arrays that the task's name stands for."""
+    import jax
+
+    from llmjax.data.build import data_folder
+    from llmjax.train import pretrain
+
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return pretrain.make_task(config, data=data_folder(config.data, workdir), **share)
