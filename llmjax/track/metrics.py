@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmjax.core.errors import RunError
+from llmjax.core.files import write_atomic
 from llmjax.core.sections import TrackConfig
 from llmjax.track.events import EventFile
 
@@ -120,12 +121,7 @@ def truncate_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = "".join(json.dumps(record) + "\n" for record in _records(path) if record["step"] <= step)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_atomic(path, kept)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
