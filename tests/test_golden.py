@@ -1,0 +1,63 @@
+"""Every recipe as it resolves, and its parameters, line by line: a change of any of them is seen in review."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+
+import pytest
+
+from llmjax.core import config as config_lib
+from llmjax.core.sections import Config
+from llmjax.core.tree import flatten
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+REGENERATE = "pytest tests/test_golden.py --update-golden"
+
+
+def describe(config: Config) -> str:
+    """The flattened config, then path, shape, dtype and logical axes of each parameter."""
+    lines = [f"{path} = {value!r}" for path, value in config_lib.flatten(config).items()]
+    return "\n".join(lines + ["", *describe_parameters(config)]) + "\n"
+
+
+def describe_parameters(config: Config) -> list[str]:
+    """One line a parameter; a run that starts from another's weights has that one's."""
+    from llmjax.models.decoder import abstract_model
+
+    if config.train.init_from:
+        return [f"parameters of {config.train.init_from}"]
+    vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
+    model = abstract_model(dataclasses.replace(config.model, vocab_size=vocab_size))
+    axes = flatten(model.axes)
+    return [f"{'/'.join(path)} {leaf.shape} {leaf.dtype} {axes[path]}" for path, leaf in flatten(model.shapes).items()]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_the_one_that_was_reviewed(recipe: Path, request: pytest.FixtureRequest) -> None:
+    golden = GOLDEN / f"{recipe.stem}.txt"
+    found = describe(config_lib.load(str(recipe)))
+    if request.config.getoption("--update-golden"):
+        golden.write_text(found)
+    expected = golden.read_text() if golden.exists() else ""
+    changes = difflib.unified_diff(expected.splitlines(), found.splitlines(), golden.name, recipe.name, lineterm="", n=0)
+    assert found == expected, "\n".join([*changes, f"where this is meant: {REGENERATE}"])
+
+
+def test_no_golden_file_outlives_its_recipe() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_short_and_says_how_to_run_it_and_what_to_expect(recipe: Path) -> None:
+    source = recipe.read_text()
+    assert len(source.splitlines()) <= 80
+    docstring = (ast.get_docstring(ast.parse(source)) or "").lower()
+    assert f"llmjax train --config=configs/{recipe.name}" in docstring
+    for wanted in (r"hardware:", r"\b(loss|bits per byte)\b", r"\d ?(s|seconds?|minutes?|hours?|days?)\b"):
+        assert re.search(wanted, docstring), f"{recipe.name} lacks {wanted}"
