@@ -20,6 +20,7 @@ Kind = Literal["prose", "verbatim"]  # prose may be normalised; in code and mark
 
 # Western European text spends few bytes above ASCII; above this share, one-byte Latin is not what the file is in.
 MAX_LATIN_SHARE = 0.3
+_ASCII, _LATIN_LETTERS = bytes(range(0x80)), bytes(range(0xA0, 0x100))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +102,13 @@ def _strictly(raw: bytes, encoding: str) -> str:
 def _decode_not_quite_utf8(raw: bytes) -> tuple[str, str]:
     text = raw.decode("utf-8", "replace")
     damaged = text.count("\ufffd")
-    if sum(char > "\x7f" for char in text) > 2 * damaged:
+    if len(text) - len(text.encode("ascii", "ignore")) > 2 * damaged:
         return text, "utf-8, damaged"
-    if sum(byte > 0x7F for byte in raw) > MAX_LATIN_SHARE * len(raw):
+    not_ascii = raw.translate(None, _ASCII)
+    if len(not_ascii) > MAX_LATIN_SHARE * len(raw):
         raise UndecodableError("undecodable")
     try:  # bytes 0x80-0x9f are printed characters in Windows-1252 and controls in Latin-1
-        encoding = "cp1252" if any(0x80 <= byte < 0xA0 for byte in raw) else "latin-1"
+        encoding = "cp1252" if not_ascii.translate(None, _LATIN_LETTERS) else "latin-1"
         return raw.decode(encoding), encoding
     except UnicodeDecodeError:
         return raw.decode("latin-1"), "latin-1"
