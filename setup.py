@@ -29,8 +29,8 @@ CORE = [
     "pyarrow>=20",
     "xxhash>=3.5",
     "safetensors>=0.6",
-    "tensorboardX>=2.6.4",
     "matplotlib>=3.9",
+    "psutil>=6",
 ]
 SERVE = ["starlette>=0.47", "uvicorn>=0.35"]
 EVAL = ["sacrebleu>=2.5", "rouge-score>=0.1.2", "lm-eval>=0.4.13,<0.5"]

@@ -17,7 +17,7 @@ def prepare(num_virtual_devices: int | None = None) -> None:
     An installed libtpu without a chip (the `plan` extra) would make jax search for a TPU first and log an alarming
     error, so the platform is named: an accelerator that is both present and supported, else the CPU.
     """
-    os.environ.setdefault("JAX_PLATFORMS", detect_platforms())
+    os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or detect_platforms()
     if num_virtual_devices:
         flag = f"--xla_force_host_platform_device_count={num_virtual_devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

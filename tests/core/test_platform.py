@@ -29,6 +29,13 @@ def test_an_accelerator_counts_when_it_is_present_and_supported(
     assert platform.detect_platforms() == chosen
 
 
+def test_an_empty_choice_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setattr(platform, "detect_platforms", lambda: "chosen")
+    platform.prepare()
+    assert os.environ["JAX_PLATFORMS"] == "chosen"
+
+
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here")

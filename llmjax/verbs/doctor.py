@@ -1,0 +1,104 @@
+"""`llmjax doctor`: what this machine has and lacks, in one look."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import time
+from typing import Any
+
+import llmjax
+
+CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "sentencepiece", "numpy")
+# What each extra of setup.py brings, by the modules that have to be importable.
+EXTRAS = {
+    "serve": ("starlette", "uvicorn"),
+    "eval": ("sacrebleu", "rouge_score", "lm_eval"),
+    "track": ("codecarbon",),
+    "plan": ("libtpu",),
+    "spark": ("pyspark",),
+    "ray": ("ray",),
+    "test": ("pytest", "hypothesis", "torch", "transformers"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One line of the report; `remedy` says what would bring what is lacking."""
+
+    name: str
+    value: str
+    remedy: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's flags."""
+    parser.description = "Look at this machine: versions, devices, memory, disk, and which extras are installed."
+    parser.epilog = "example: llmjax doctor --json"
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+
+def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+    """Report; returns 1 when something that training needs is lacking."""
+    findings = [*_machine(), *_versions(), *_extras(), *_devices()]
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        print(f"{finding.name:{width}}  {finding.value}{f'; {finding.remedy}' if finding.remedy else ''}")
+    if args.json:
+        print(json.dumps({finding.name: finding.value for finding in findings}))
+    return int(any(finding.value == "missing" for finding in findings))
+
+
+def _machine() -> list[Finding]:
+    import psutil
+
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(os.curdir)
+    return [
+        Finding("llmjax", llmjax.__version__),
+        Finding("python", f"{platform.python_version()} on {platform.platform()}"),
+        Finding("cpu", f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"),
+        Finding("memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"),
+        Finding("disk", f"{disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free here"),
+    ]
+
+
+def _versions() -> list[Finding]:
+    findings = []
+    for name in CORE:
+        try:
+            findings.append(Finding(name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(Finding(name, "missing", "pip install llmjax"))
+    return findings
+
+
+def _extras() -> list[Finding]:
+    findings = []
+    for extra, modules in EXTRAS.items():
+        lacking = [module for module in modules if importlib.util.find_spec(module) is None]
+        remedy = f"pip install 'llmjax[{extra}]'" if lacking else ""
+        findings.append(Finding(f"[{extra}]", f"without {', '.join(lacking)}" if lacking else "installed", remedy))
+    return findings
+
+
+def _devices() -> list[Finding]:
+    """The devices that jax finds, after one computation on them."""
+    began = time.perf_counter()
+    import jax
+    import jax.numpy as jnp
+
+    devices: list[Any] = jax.devices()
+    jnp.ones((8, 8)).sum().block_until_ready()
+    seconds = time.perf_counter() - began
+    return [
+        Finding("platform", f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}"),
+        Finding("devices", f"{len(devices)} x {devices[0].device_kind}, first result after {seconds:.1f} s"),
+        Finding("compilation cache", os.environ.get("JAX_COMPILATION_CACHE_DIR", "off"),
+                "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else "set JAX_COMPILATION_CACHE_DIR to keep compiled steps"),
+    ]

@@ -1,0 +1,35 @@
+"""The report on this machine."""
+
+import importlib.metadata
+import json
+
+import pytest
+
+from llmjax import cli
+from llmjax.verbs import doctor
+
+
+def test_it_names_versions_devices_and_what_brings_an_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(doctor.EXTRAS, "serve", ("starlette", "no_such_module"))
+    assert cli.main(["doctor", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert "without no_such_module; pip install 'llmjax[serve]'" in out
+    report = json.loads(out.splitlines()[-1])
+    assert report["jax"] == importlib.metadata.version("jax") and report["devices"].startswith("8 x cpu")
+
+
+def test_a_library_that_training_needs_and_lacks_fails_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "CORE", ("jax", "no-such-distribution"))
+    assert cli.main(["doctor"]) == 1
+    assert "no-such-distribution  missing; pip install llmjax" in capsys.readouterr().out
+
+
+def test_every_extra_it_knows_is_one_of_setup_py() -> None:
+    from pathlib import Path
+
+    setup = (Path(__file__).parents[2] / "setup.py").read_text()
+    assert all(f'"{extra}": ' in setup for extra in doctor.EXTRAS)
