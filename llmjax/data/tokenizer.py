@@ -22,6 +22,7 @@ from llmjax.core.sections import TokenizerConfig
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGINGFACE_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 SPECIAL_PIECES = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0, 1, 2, 3 of our own tokenizers
 SPACE_MARK = "\u2581"  # stands for a space inside SentencePiece
 
@@ -63,9 +64,7 @@ class Tokenizer:
         for place in (folder, folder / "tokenizer"):
             for name, backend in BACKENDS.items():
                 if (place / name).is_file():
-                    config = place / CONFIG_FILE
-                    settings = json.loads(config.read_text("utf-8")) if config.is_file() else _SETTINGS
-                    return cls(backend(place / name), settings)
+                    return cls(backend(place / name), _read_settings(place))
         raise RunError(f"no tokenizer in {folder}: neither {HUGGINGFACE_FILE} nor {SENTENCEPIECE_FILE} is there")
 
     def save(self, folder: Path) -> None:
@@ -289,6 +288,13 @@ _SETTINGS: dict[str, Any] = {
     "unk_token": "<unk>",
     "chat_template": DEFAULT_CHAT_TEMPLATE,
 }
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """`tokenizer_config.json` with the chat template, which newer folders keep in a file of its own."""
+    config, template = folder / CONFIG_FILE, folder / TEMPLATE_FILE
+    settings: dict[str, Any] = json.loads(config.read_text("utf-8")) if config.is_file() else dict(_SETTINGS)
+    return settings | ({"chat_template": template.read_text("utf-8")} if template.is_file() else {})
 
 
 def model_kind(serialised: bytes) -> Literal["bpe", "unigram"]:
