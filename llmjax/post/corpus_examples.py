@@ -56,9 +56,8 @@ def chat_examples(sources: Iterable[str]) -> Iterator[dict[str, list[Message]]]:
 def preference_examples(sources: Iterable[str], *, seed: int) -> Iterator[dict[str, list[Message]]]:
     """One pair a function: its own body is chosen, the body of another function under its signature is rejected."""
     everything = list(_distinct(sources))
-    others = everything.copy()
-    random.Random(seed).shuffle(others)
-    for function, other in zip(everything, others, strict=True):
+    random.Random(seed).shuffle(everything)
+    for function, other in zip(everything, everything[1:] + everything[:1], strict=True):
         if function.body != other.body:
             yield {
                 "prompt": [_question(function)],

@@ -5,15 +5,42 @@ Letters: B pairs, P = 2 (chosen, rejected), T time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from llmjax.core.sections import TaskConfig
-from llmjax.core.task import LossFn, LossOutput, Params
+from llmjax.core.errors import ConfigError
+from llmjax.core.sections import Config, TaskConfig
+from llmjax.core.task import Batch, LossFn, LossOutput, Params, Task
+from llmjax.data import preference
+from llmjax.data.shards import TokenStore
+from llmjax.data.tokenizer import Tokenizer
 from llmjax.kernels.cross_entropy import api as cross_entropy
 from llmjax.models.decoder import Model, forward, head_kernel
+from llmjax.post.corpus_examples import preference_examples
+from llmjax.post.sources import example_files
+
+
+def make_task(config: Config, *, workdir: Path, tokenizer: Tokenizer, reference: Params, process_index: int = 0,
+              process_count: int = 1) -> Task:
+    """Pairs of `data.sources` (data.batch_size of them a step), judged against the frozen `reference` parameters."""
+    if config.mesh.context != 1:
+        raise ConfigError(f"mesh.context={config.mesh.context}: an answer's likelihood is summed on one device; 1 fits")
+    make = functools.partial(preference_examples, seed=config.data.shuffle_seed)
+    files = example_files(config, workdir, make=make)
+    store = preference.preference_store(files, tokenizer, workdir / "data" / "pairs")
+    return Task(batches=functools.partial(_batches, store, config, process_index, process_count),
+                loss=make_loss(config.task, remat=config.train.remat), frozen={"reference": reference})  # fmt: skip
+
+
+def _batches(store: TokenStore, config: Config, process_index: int, process_count: int,
+             start_step: int) -> Iterator[Batch]:
+    return preference.batches(store, seq_len=config.data.seq_len, batch_size=config.data.batch_size,
+                              seed=config.data.shuffle_seed, start_step=start_step, process_index=process_index,
+                              process_count=process_count)  # fmt: skip
 
 
 def make_loss(config: TaskConfig, *, remat: str) -> LossFn:
