@@ -1,7 +1,8 @@
 """Our models under lm-evaluation-harness (EleutherAI, 0.4.13), by its own LM interface; needs no torch.
 
 Encoding, truncation, windows and stop texts follow its Hugging Face backend, so an exported checkpoint scores the same
-there. As there with a tokenizer that adds nothing, a context is not preceded by the begin token unless it is empty.
+there. That includes a wart of `loglikelihood_rolling`: where the tokenizer puts a begin token in front of every text,
+that backend puts a second one there and counts the first among the predictions. Our own bits per byte do not.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.task import Params
-from llmjax.data.tokenizer import Tokenizer
+from llmjax.data.tokenizer import HUGGINGFACE_FILE, Tokenizer
 from llmjax.evals import score
 from llmjax.models import decoder
 from llmjax.serve.engine import Engine
@@ -29,11 +30,14 @@ EncodedRequest = tuple[tuple[str, str], list[int], list[int]]  # texts, context 
 
 
 class HarnessLM(TemplateLM):
-    """The harness' view of a model; hand it to `lm_eval.simple_evaluate` or to `run_tasks`."""
+    """The harness' view of a model; hand it to `lm_eval.simple_evaluate` or to `run_tasks`.
 
-    def __init__(self, model: decoder.Model, params: Params, tokenizer: Tokenizer):
+    begin_ids: tokens put in front of a text, see `begin_ids`.
+    """
+
+    def __init__(self, model: decoder.Model, params: Params, tokenizer: Tokenizer, *, begin_ids: Sequence[int]):
         super().__init__()
-        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self.model, self.params, self.tokenizer, self.begin_ids = model, params, tokenizer, list(begin_ids)
         self.engine = Engine(model, params, tokenizer=tokenizer)
         self.max_length = model.config.max_seq_len
         self.max_gen_toks = 256
@@ -49,8 +53,10 @@ class HarnessLM(TemplateLM):
         return self.tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; none are added, whatever is asked for."""
-        return self.tokenizer.encode(string)
+        """Token ids, after the tokens that begin a text unless it spells the begin token itself or they are refused."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.bos_token)
+        return (self.begin_ids if add_special_tokens else []) + self.tokenizer.encode(string)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, in windows of the whole context that do not share a prediction."""
@@ -101,6 +107,15 @@ class HarnessLM(TemplateLM):
                                 top_p=normal.get("top_p", 1.0) if sampled else 1.0, stop=tuple(filter(None, stops)))
         return [postprocess_generated_text(generation.text, stops, think_end_token=None)
                 for generation in self.engine.generate_batch(encoded, params)]
+
+
+def begin_ids(tokenizer: Tokenizer, folder: Path) -> list[int]:
+    """What transformers puts in front of a text: as the folder's tokenizer.json says; our own models' begin token."""
+    if not (folder / HUGGINGFACE_FILE).is_file():
+        return [tokenizer.bos_id]
+    import tokenizers
+
+    return list(tokenizers.Tokenizer.from_file(str(folder / HUGGINGFACE_FILE)).encode("").ids)
 
 
 def run_tasks(lm: HarnessLM, tasks: Sequence[str], *, limit: int | None = None) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.core.errors import ConfigError, RunError
-from llmjax.core.sections import Config
 from llmjax.data.build import data_folder
 from llmjax.evals import bits, text_metrics
 from llmjax.evals.extras import require
@@ -26,11 +25,11 @@ class Evaluation:
     limit: only the first so many documents, pairs or examples.
     """
 
-    def __init__(self, loaded: Loaded, *, config: Config, workdir: Path, files: str = "", limit: int | None = None,
+    def __init__(self, loaded: Loaded, *, workdir: Path, files: str = "", limit: int | None = None,
                  on_batch: OnBatch | None = None):
         if loaded.tokenizer is None:
             raise RunError(f"{workdir} holds no tokenizer, so no text can be scored")
-        self.loaded, self.tokenizer, self.config, self.workdir = loaded, loaded.tokenizer, config, workdir
+        self.loaded, self.tokenizer, self.config, self.workdir = loaded, loaded.tokenizer, loaded.config, workdir
         self.files, self.limit, self.on_batch = files, limit, on_batch
 
     @functools.cached_property
@@ -84,7 +83,8 @@ def run_harness(evaluation: Evaluation, tasks: Sequence[str]) -> dict[str, Resul
     require("lm_eval", extra="eval")
     from llmjax.evals import harness
 
-    lm = harness.HarnessLM(evaluation.loaded.model, evaluation.loaded.params, evaluation.tokenizer)
+    begin_ids = harness.begin_ids(evaluation.tokenizer, evaluation.workdir / "tokenizer")
+    lm = harness.HarnessLM(evaluation.loaded.model, evaluation.loaded.params, evaluation.tokenizer, begin_ids=begin_ids)
     found = harness.run_tasks(lm, tasks, limit=evaluation.limit)["results"]
     return {task: {key.removesuffix(",none").replace(",", " "): value for key, value in metrics.items()
                    if isinstance(value, int | float)} for task, metrics in found.items()}

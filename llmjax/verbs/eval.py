@@ -7,7 +7,7 @@ import json
 import sys
 
 from llmjax.core.errors import ConfigError
-from llmjax.verbs.common import add_run_arguments, open_run
+from llmjax.verbs.common import add_run_arguments, find_workdir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,12 +32,12 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         raise ConfigError("--tasks is empty; name at least one, for example --tasks=bpb")
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit={args.limit}: at least 1")
-    config, workdir = open_run(args, overrides)
     from llmjax.evals import run as evals
     from llmjax.serve.load import load_workdir
 
-    evaluation = evals.Evaluation(load_workdir(workdir), config=config, workdir=workdir, files=args.files,
-                                  limit=args.limit, on_batch=_show_progress if sys.stderr.isatty() else None)
+    workdir = find_workdir(args, overrides)
+    evaluation = evals.Evaluation(load_workdir(workdir, overrides), workdir=workdir, files=args.files, limit=args.limit,
+                                  on_batch=_show_progress if sys.stderr.isatty() else None)
     results = evals.evaluate(evaluation, tasks)
     print(evals.table(results))
     if args.json:

@@ -64,13 +64,13 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def lm(tokenizer):
     model, params = tiny_model(dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size))
-    return harness.HarnessLM(model, params, tokenizer)
+    return harness.HarnessLM(model, params, tokenizer, begin_ids=[tokenizer.bos_id])
 
 
 def write_tasks(folder):
     """Three task files and their data; returns the files."""
-    documents = [{"question": f"Where did number {i} sit?", "choices": ["on the mat", " on the cat", "nowhere at all"],
-                  "answer": i % 3, "text": TEXT[i:]} for i in range(6)]
+    documents = [{"question": f"Where did number {i} sit?" * (1 + 3 * i), "text": TEXT[i:] * (1 + i % 3),
+                  "choices": ["on the mat", " on the cat", "nowhere at all"], "answer": i % 3} for i in range(6)]
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(d) + "\n" for d in documents))
     for name, content in TASK_FILES.items():
@@ -90,8 +90,8 @@ def span_logprob(lm, context: list[int], continuation: list[int]) -> float:
 
 
 def test_a_space_after_the_context_goes_to_the_continuation(lm):
-    encode = lm.tokenizer.encode
-    whole, context = encode("The cat sat"), encode("The cat")
+    whole, context = lm.tok_encode("The cat sat"), lm.tok_encode("The cat")
+    assert context[0] == lm.tokenizer.bos_id
     for given, asked in [("The cat ", "sat"), ("The cat", " sat")]:
         (logprob, _), = lm.loglikelihood([request(given, asked)])
         assert logprob == pytest.approx(span_logprob(lm, context, whole[len(context):]), abs=1e-4)
@@ -105,7 +105,7 @@ def test_without_context_the_begin_token_stands_before(lm):
 def test_a_long_context_loses_its_start(lm):
     context = (TEXT * 3).rstrip()
     (logprob, _), = lm.loglikelihood([request(context, " dog")])
-    whole, before = lm.tokenizer.encode(context + " dog"), lm.tokenizer.encode(context)
+    whole, before = lm.tok_encode(context + " dog"), lm.tok_encode(context)
     continuation = whole[len(before):]
     kept = (before + continuation)[-(lm.max_length + 1):-len(continuation)]
     assert len(before) > lm.max_length
@@ -118,15 +118,30 @@ def test_a_continuation_longer_than_the_context_is_refused(lm):
 
 
 def test_rolling_counts_every_token_once(lm):
-    ids = [lm.tokenizer.bos_id, *lm.tokenizer.encode(TEXT * 3)]
+    ids = [lm.tokenizer.bos_id, *lm.tok_encode(TEXT * 3)]
     assert len(ids) > 2 * lm.max_length
     expected = 0.0
     for start in range(1, len(ids), lm.max_length):
         end = min(start + lm.max_length, len(ids))
         expected += span_logprob(lm, ids[max(0, end - lm.max_length - 1):start], ids[start:end])
-    total, empty = lm.loglikelihood_rolling([request(TEXT * 3), request("")])
+    (total,) = lm.loglikelihood_rolling([request(TEXT * 3)])
     assert total == pytest.approx(expected, abs=1e-3)
-    assert empty == 0
+
+
+def test_a_text_that_spells_the_begin_token_gets_no_other(lm):
+    assert lm.tok_encode("<s>a") == lm.tokenizer.encode("<s>a")
+    assert lm.tok_encode("a") == [lm.tokenizer.bos_id, *lm.tok_encode("a", add_special_tokens=False)]
+
+
+def test_a_tokenizer_of_our_own_begins_texts_and_one_from_elsewhere_says_whether(lm, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    assert harness.begin_ids(lm.tokenizer, tmp_path) == [lm.tokenizer.bos_id]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "<b>": 1}, merges=[]))
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    assert harness.begin_ids(lm.tokenizer, tmp_path) == []
+    theirs.post_processor = tokenizers.processors.TemplateProcessing(single="<b> $A", special_tokens=[("<b>", 1)])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    assert harness.begin_ids(lm.tokenizer, tmp_path) == [1]
 
 
 def test_generation_ends_before_its_stop_text(lm):
@@ -150,8 +165,9 @@ def test_whole_tasks_from_files_and_folders(lm, tmp_path):
     by_file = harness.run_tasks(lm, files)["results"]
     by_folder = harness.run_tasks(lm, [str(tmp_path)])["results"]
     assert by_file == by_folder
-    nats = -sum(lm.loglikelihood_rolling([request(TEXT[i:]) for i in range(6)]))
-    num_bytes = sum(len(TEXT[i:].encode()) for i in range(6))
+    texts = [TEXT[i:] * (1 + i % 3) for i in range(6)]  # the longest take several windows
+    nats = -sum(lm.loglikelihood_rolling([request(text) for text in texts]))
+    num_bytes = sum(len(text.encode()) for text in texts)
     assert by_file["tiny_rolling"]["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / num_bytes)
     assert 0 <= by_file["tiny_choice"]["acc,none"] <= 1
     assert harness.run_tasks(lm, files[:1], limit=2)["n-samples"]["tiny_choice"]["effective"] == 2
