@@ -41,7 +41,7 @@ AT_LEAST: dict[str, float] = {
     "task.beta": 0, "task.z_loss": 0,
     "train.steps": 1, "train.accumulation": 1, "train.log_every": 1, "checkpoint.every": 1, "checkpoint.keep": 1,
     "eval.every": 0, "eval.batches": 1, "eval.seq_len": 0, "eval.stride": 0,
-    "serve.max_queue": 0, "serve.max_new_tokens": 1,
+    "serve.max_queue": 0, "serve.max_new_tokens": 1, "serve.grace_seconds": 0,
 }  # fmt: skip
 AT_MOST: dict[str, float] = {
     "data.holdout_fraction": 1, "data.near_duplicate_jaccard": 1, "optim.decay_fraction": 1, "optim.end_fraction": 1,

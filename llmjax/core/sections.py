@@ -154,6 +154,7 @@ class ServeConfig:
 
     max_queue: int = 8  # requests waiting beyond this are answered 429
     max_new_tokens: int = 256  # when a request names none
+    grace_seconds: float = 10.0  # what runs when the server is told to stop may still take this long
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,7 @@ class Request:
 
     prompt_ids: Sequence[int]
     params: SamplingParams = SamplingParams()
+    score_prompt: Literal["no", "yes"] = "no"  # whether the prompt's own log-probabilities are wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +73,12 @@ class Generation:
 class ScoredPrompt:
     """Log-probabilities of every prompt token but the first, and the most probable tokens in its place."""
 
+    row: int
     logprobs: list[float]
     alternatives: list[tuple[tuple[int, float], ...]]
+
+
+Event = Token | ScoredPrompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,17 +118,21 @@ class Engine:
         """Continue many prompts with the same settings, `MAX_BATCH` at a time, neighbours in length together."""
         tokens: list[list[Token]] = [[] for _ in prompts]
         for token in self.stream([Request(prompt_ids, params) for prompt_ids in prompts]):
+            assert isinstance(token, Token), "no prompt was to be scored"
             tokens[token.row].append(token)
             if on_token:
                 on_token(token)
         return [collect(row) for row in tokens]
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[Token]:
-        """New tokens as they come, rows interleaved; whoever stops iterating ends the generation.
+    def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
+        """Scores of prompts, then new tokens as they come, rows interleaved; whoever stops iterating ends it all.
 
         Raises ContextLengthError, or ConfigError for other prompts that cannot be continued, before the first token.
         """
         requests = [self.resolve(request) for request in requests]
+        for row, request in enumerate(requests):
+            if request.score_prompt == "yes":
+                yield self._score_prompt(row, request)
         order = sorted((row for row, request in enumerate(requests) if request.params.max_new_tokens),
                        key=lambda row: len(requests[row].prompt_ids))
         for start in range(0, len(order), MAX_BATCH):
@@ -152,17 +161,17 @@ class Engine:
                 raise ContextLengthError(f"a prompt of {len(prompt_ids)} tokens fills model.max_seq_len={limit} and "
                                          f"leaves no room for a new one")
             params = dataclasses.replace(params, max_new_tokens=min(room, self.config.max_new_tokens))
-        return Request(prompt_ids, params)
+        return dataclasses.replace(request, params=params)
 
-    def score_prompt(self, prompt_ids: Sequence[int], *, num_alternatives: int = 0) -> ScoredPrompt:
-        """How probable the prompt's own tokens are; the first one has nothing before it and is left out."""
-        tokens_BP, _ = _pad_left([prompt_ids], batch_size=1)
-        scored = jax.device_get(self._score(self.params, tokens_BP[0], np.int32(len(prompt_ids))))
-        start = tokens_BP.shape[1] - len(prompt_ids)
-        alternatives = zip(scored.alternatives_BA[start:-1].tolist(), scored.alternative_logprobs_BA[start:-1].tolist(),
-                           strict=True)
-        return ScoredPrompt(scored.logprob_B[start:-1].tolist(),
-                            [tuple(zip(ids, values, strict=True))[:num_alternatives] for ids, values in alternatives])
+    def _score_prompt(self, row: int, request: Request) -> ScoredPrompt:
+        tokens_BP, length_B = _pad_left([request.prompt_ids], batch_size=1)
+        scored = jax.device_get(self._score(self.params, tokens_BP[0], length_B[0]))
+        inside = slice(tokens_BP.shape[1] - len(request.prompt_ids), -1)
+        num = request.params.num_alternatives
+        alternatives = zip(scored.alternatives_BA[inside, :num].tolist(),
+                           scored.alternative_logprobs_BA[inside, :num].tolist(), strict=True)
+        return ScoredPrompt(row, scored.logprob_B[inside].tolist(),
+                            [tuple(zip(ids, logprobs, strict=True)) for ids, logprobs in alternatives])
 
     def _stream_batch(self, requests: Sequence[Request]) -> Iterator[Token]:
         rows = [_Row(index, request, self.tokenizer) for index, request in enumerate(requests)]
