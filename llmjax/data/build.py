@@ -37,6 +37,9 @@ ROW_GROUP = 1024  # documents in a Parquet row group
 
 # Fields of the data section that say how documents become batches; they leave the folder as it is.
 _BATCHING = {"path", "seq_len", "batch_size", "shuffle_seed"}
+# What shapes the folder beside the config: our modules and the libraries.
+_CODE = ("registry.py", "read.py", "clean.py", "shingles.py", "dedup.py", "curate.py", "tokenizer.py",
+         "tokenizer_train.py", "shards.py", "build.py")
 _VERSIONED = ("numpy", "pyarrow", "sentencepiece", "xxhash")
 
 
@@ -134,7 +137,7 @@ def _write(corpus: Corpus, sources: list[Source], config: TokenizerConfig, folde
         config=recipe,
         config_hash=manifests.hash_json(recipe),
         input_hash=input_hash,
-        code_hash=manifests.hash_json([manifests.hash_file(p) for p in sorted(Path(__file__).parent.glob("*.py"))]),
+        code_hash=manifests.hash_json([manifests.hash_file(Path(__file__).with_name(name)) for name in _CODE]),
         versions=_versions())
     made.save()
     return made
