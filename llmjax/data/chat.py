@@ -1,7 +1,8 @@
 """Chat templates: messages to text as the Hugging Face ecosystem renders them, and to tokens that know who speaks.
 
 What an assistant says is encoded apart from what stands before it, because that is where generation starts: the tokens
-of a prompt are then a prefix of the tokens the model was trained on, even where an encoder would merge across the border.
+of a prompt are then a prefix of the tokens the model was trained on, even where an encoder would merge across the
+border.
 Spelt-out special tokens count as such, in the template and in the messages, as everywhere in the ecosystem.
 """
 
@@ -60,8 +61,8 @@ def encode_chat(messages: Sequence[Message], tokenizer: ChatTokenizer, *, learn_
     """
     text, spans = _spans(messages, tokenizer, add_generation_prompt=False)
     if spans is None:
-        raise ValueError("the chat template rewrites earlier messages once others follow, so the assistant's part cannot "
-                         "be told apart: put {% generation %} ... {% endgeneration %} around it")
+        raise ValueError("the chat template rewrites earlier messages once others follow, so the assistant's part "
+                         "cannot be told apart: put {% generation %} ... {% endgeneration %} around it")
     first = sum(message["role"] == "assistant" for message in messages[:learn_from])
     pieces = _encode_pieces(text, spans, tokenizer)
     learnt = [i % 2 == 1 and i // 2 >= first for i in range(len(pieces))]
@@ -154,7 +155,7 @@ def _compiled(template: str) -> jinja2.Template:
     class GenerationBlocks(jinja2.ext.Extension):
         """{% generation %} ... {% endgeneration %}: what stands inside is the assistant's."""
 
-        tags = {"generation"}  # noqa: RUF012 (Jinja's own way)
+        tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -1,8 +1,8 @@
 """Batches of packed rows, an exact function of (store, plan, seed, step) on any number of processes.
 
 The rows of the plan stand in one endless order, reshuffled every epoch by a pseudo-random bijection that needs no
-memory (Grain's index shuffle). Global batch s holds places [s * B, (s + 1) * B) of that order and each process reads its
-contiguous share, so the state of the input is one number and resuming costs nothing.
+memory (Grain's index shuffle). Global batch s holds places [s * B, (s + 1) * B) of that order and each process reads
+its contiguous share, so the state of the input is one number and resuming costs nothing.
 
 Shape letters: B rows of this process, T positions in a row.
 """
@@ -55,7 +55,7 @@ class PackedRows:
         pieces = np.concatenate([store.tokens(*span) for span in spans])
         # A span is one token longer than its segment: inputs leave out its last token, targets its first.
         inputs = np.arange(lengths.sum()) + np.repeat(np.arange(len(spans)), lengths)
-        learnt = np.concatenate([store.mask(*span) for span in spans])[inputs + 1] if store.has_mask else np.float32(1)
+        learnt = np.concatenate([store.mask(*span) for span in spans])[inputs + 1]
         row = np.repeat(np.arange(len(rows)), counts)
         before = np.cumsum(lengths) - lengths  # predictions before each segment, in the batch ...
         in_row = before - before[np.cumsum(counts) - counts][row]  # ... and in its row
@@ -135,6 +135,6 @@ def _counted(counts: np.ndarray) -> np.ndarray:
 
 
 def _scatter(values: np.ndarray, places: np.ndarray, shape: tuple[int, int], dtype: type) -> np.ndarray:
-    out = np.zeros(shape, dtype)
+    out: np.ndarray = np.zeros(shape, dtype)
     out.reshape(-1)[places] = values
     return out

@@ -49,7 +49,7 @@ class PackPlan:
 
         digest = xxhash.xxh3_128(str(self.seq_len).encode())
         for array in (self.documents, self.starts, self.lengths, self.row_starts):
-            digest.update(np.ascontiguousarray(array, np.int64))
+            digest.update(np.ascontiguousarray(array, np.int64).data)
         return digest.hexdigest()
 
 

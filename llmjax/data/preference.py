@@ -4,8 +4,8 @@ A line of JSON holds `chosen` and `rejected`, as texts or lists of messages, wit
 common beginning. Texts written as "\\n\\nHuman: ...\\n\\nAssistant: ..." (HH-RLHF) are read as messages. Only what the
 assistant says after the common prompt weighs.
 
-Too long for a row: both answers lose their end, to a row at most; then the prompt loses its beginning, by the same number
-of tokens on both sides, so that the two are still answers to one prompt.
+Too long for a row: both answers lose their end, to a row at most; then the prompt loses its beginning, by the same
+number of tokens on both sides, so that the two are still answers to one prompt.
 
 Shape letters: B pairs, P = 2 (chosen, rejected), T positions.
 """
@@ -81,7 +81,7 @@ class PairRows:
 
 
 def truncate(sides: Sequence[EncodedChat], *, num_tokens: int) -> list[EncodedChat]:
-    """Both sides in at most `num_tokens` tokens each (at least 2): answers lose their end, then the prompt its start."""
+    """Both sides in at most `num_tokens` (2 or more) tokens: answers lose their end, then the prompt its beginning."""
     prompt = min(int(np.argmax(side.mask)) for side in sides)
     answer = min(max(len(side.tokens) for side in sides) - prompt, num_tokens - 1)  # one token of prompt stays
     window = slice(max(0, prompt + answer - num_tokens), prompt + answer)
@@ -112,9 +112,9 @@ def encode_pair(line: Line, tokenizer: Tokenizer) -> list[EncodedChat]:
 def common_prompt(chosen: str, rejected: str) -> str:
     """The common beginning of two texts, up to the last border of words."""
     common = os.path.commonprefix([chosen, rejected])
-    if len(common) in (len(chosen), len(rejected)):  # one goes on where the other ends: something must be left to answer
+    if len(common) in (len(chosen), len(rejected)):  # one goes on where the other ends: leave both an answer
         common = common[:-1]
-    return common[:len(common) - len(re.search(r"\s*\S*$", common)[0])]
+    return re.sub(r"\s*\S*$", "", common, count=1)
 
 
 def _common(chosen: list[Any], rejected: list[Any]) -> Iterator[Any]:
@@ -126,7 +126,8 @@ def _common(chosen: list[Any], rejected: list[Any]) -> Iterator[Any]:
 
 def _as_answer(prompt: Any, answer: Any) -> Any:
     """A text that answers messages is what the assistant says."""
-    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) and isinstance(prompt, list) else answer
+    said = isinstance(prompt, list) and isinstance(answer, str)
+    return [{"role": "assistant", "content": answer}] if said else answer
 
 
 def _as_messages(text: Any) -> Any:

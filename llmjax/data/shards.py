@@ -54,7 +54,7 @@ def write_store(folder: Path, documents: Iterable[Document], *, vocab_size: int,
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-    shards = []
+    shards: list[Shard] = []
     for chunk in _chunks(_checked(documents, vocab_size), shard_tokens):
         shards.append(_write_shard(partial / f"{len(shards):05d}", chunk, dtype))
     if not shards:
@@ -73,7 +73,7 @@ def shard_hash(folder: Path) -> str:
     digest = xxhash.xxh3_128()
     for path in sorted(folder.glob("*.npy")):
         digest.update(path.name.encode())
-        digest.update(np.memmap(path, np.uint8, "r"))
+        digest.update(np.memmap(path, np.uint8, "r").data)
     return digest.hexdigest()
 
 
@@ -87,7 +87,8 @@ class TokenStore:
         self._doc_ids = [_map(folder / s.path / "doc_ids.npy") for s in shards]
         self.has_mask = bool(shards) and (folder / shards[0].path / "mask.npy").exists()
         self._masks = [_map(folder / s.path / "mask.npy") for s in shards] if self.has_mask else []
-        self._first = [0, *itertools.accumulate(s.documents for s in shards)]  # global index of each shard's first document
+        # The global index of each shard's first document.
+        self._first = [0, *itertools.accumulate(s.documents for s in shards)]
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore:
@@ -158,10 +159,11 @@ def _checked(documents: Iterable[Document], vocab_size: int) -> Iterator[Documen
     for document in documents:
         tokens = np.asarray(document.tokens)
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-            raise RunError(f"document {_id_bytes(document.doc_id).hex()} holds token {tokens.max()}, but the vocabulary "
-                           f"ends at {vocab_size - 1}: was it encoded with another tokenizer?")
+            raise RunError(f"document {_id_bytes(document.doc_id).hex()} holds token {tokens.max()}, but the "
+                           f"vocabulary ends at {vocab_size - 1}: was it encoded with another tokenizer?")
         masked = document.mask is not None if masked is None else masked
-        if masked != (document.mask is not None) or (masked and len(document.mask) != len(tokens)):
+        mask_length = len(tokens) if document.mask is None else len(document.mask)
+        if masked != (document.mask is not None) or mask_length != len(tokens):
             raise RunError(f"document {_id_bytes(document.doc_id).hex()}: every document of a store carries a mask as "
                            "long as its tokens, or none does")
         yield document

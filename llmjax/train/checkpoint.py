@@ -1,7 +1,7 @@
 """Checkpoints: written by Orbax in the background, published whole, restored onto any mesh.
 
-A step is a folder of three Orbax items: `params`, `progress` (step and optimiser state) and `meta`, JSON that holds what
-else a run needs to go on exactly, together with the shape of every array. Orbax writes into a temporary folder and
+A step is a folder of three Orbax items: `params`, `progress` (step and optimiser state) and `meta`, JSON that holds
+what else a run needs to go on exactly, together with the shape of every array. Orbax writes into a temporary folder and
 renames it, so a run killed at any moment leaves the last good step; the next `Checkpointer` removes the debris.
 Weights that were imported rather than trained have no `progress`.
 """
@@ -14,16 +14,13 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.train.state import TrainState
-
-if TYPE_CHECKING:
-    import orbax.checkpoint as ocp
 
 Meta = dict[str, Any]  # JSON: strings, numbers, lists and dicts
 Shapes = dict[str, list[int]]

@@ -33,7 +33,8 @@ GENERATION = """{{ bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"""
 THINKING = CHATML.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")  # the prompt says more than the message
-LAST_ONLY = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loop.last %}{{ eos_token }}{% endif %}{% endfor %}"
+LAST_ONLY = ("{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loop.last %}{{ eos_token }}{% endif %}"
+             "{% endfor %}")
 
 CHAT = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": " four \u00e9"},
         {"role": "user", "content": "four"}, {"role": "assistant", "content": "five"}]
@@ -43,7 +44,8 @@ CHAT = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "co
 def hugging_face(tmp_path_factory):
     """A byte-level tokenizer as `transformers` has it, with a few merges that cross spaces and letters."""
     transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("f", "i"), ("fi", "v"), ("\u0120", "f"), ("o", "u"), ("ou", "r")]
@@ -145,7 +147,8 @@ def test_template_says_what_it_refuses(hugging_face):
 
 
 def test_helpers_of_templates_in_the_wild(hugging_face):
-    template = "{{ {'a': '<\u00e9>'} | tojson }}{{ strftime_now('%Y') | length }}{% for i in [1, 2] %}{% break %}{% endfor %}"
+    template = "{{ {'a': '<\u00e9>'} | tojson }}{{ strftime_now('%Y') | length }}"
+    template += "{% for i in [1, 2] %}{% break %}{% endfor %}"
     assert render(CHAT, load(hugging_face, template)) == '{"a": "<\u00e9>"}4'
 
 

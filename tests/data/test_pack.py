@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmjax.data.pack import PackPlan, pack_plan
 
@@ -35,7 +36,7 @@ def test_every_prediction_exactly_once(lengths, seq_len, seed, method):
     plan = pack_plan(np.array(lengths, int), seq_len=seq_len, seed=seed, method=method)
     made = [np.zeros(max(n - 1, 0), int) for n in lengths]
     for document, start, length in zip(plan.documents, plan.starts, plan.lengths, strict=True):
-        assert 1 <= length and start + length <= len(made[document])
+        assert length >= 1 and start + length <= len(made[document])
         made[document][start:start + length] += 1
     assert all((predictions == 1).all() for predictions in made)
     rows = row_sizes(plan)

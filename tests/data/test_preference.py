@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmjax.core.errors import RunError
 from llmjax.data.chat import EncodedChat, encode_prompt
@@ -57,7 +58,8 @@ TURNS = "\n\nHuman: Why?\n\nAssistant: So.\n\nHuman: Why?\n\nAssistant: "
     ({"prompt": [ASK], "chosen": "So.", "rejected": "No."}, "u: Why?\na: So.\n</s>", "So.</s>", "No.</s>"),
     ({"chosen": [ASK, SAY, ASK, SAY], "rejected": [ASK, SAY, ASK, NO]},
      "u: Why?\na: So.\nu: Why?\na: So.\n</s>", "So.</s>", "No.</s>"),
-    ({"chosen": TURNS + "So.", "rejected": TURNS + "No."}, "u: Why?\na: So.\nu: Why?\na: So.\n</s>", "So.</s>", "No.</s>"),
+    ({"chosen": TURNS + "So.", "rejected": TURNS + "No."},
+     "u: Why?\na: So.\nu: Why?\na: So.\n</s>", "So.</s>", "No.</s>"),
     ({"prompt": "Why? ", "chosen": "So.", "rejected": "No."}, "Why? So.</s>", "So.</s>", "No.</s>"),
     ({"chosen": "Why? So be", "rejected": "Why? So it"}, "Why? So be</s>", " be</s>", " it</s>"),
 ])
