@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import sys
+from pathlib import Path
+
+STATM = Path("/proc/self/statm")
 
 
 def host_bytes() -> int:
-    """Resident memory of this process now."""
-    import psutil
-
-    return psutil.Process().memory_info().rss
+    """Resident memory of this process now; its peak where the system has no /proc."""
+    if STATM.exists():
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return host_peak_bytes()
 
 
 def host_peak_bytes() -> int:
     """The most resident memory this process has held."""
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
@@ -25,7 +28,7 @@ def device_peak_bytes() -> int | None:
     import jax
 
     stats = [device.memory_stats() for device in jax.local_devices()]
-    return max((stat["peak_bytes_in_use"] for stat in stats if stat and "peak_bytes_in_use" in stat), default=None)
+    return max((stat["peak_bytes_in_use"] for stat in stats if stat), default=None)
 
 
 def memory_metrics() -> dict[str, float]:

@@ -126,12 +126,12 @@ def bar_of(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """4.2 s, 3:07 (minutes), 2:03:07 (hours)."""
-    if seconds < 60:
+    """4.2 s, 3 min 07 s, 2 h 03 min."""
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 COLUMNS: dict[str, Callable[[float], str]] = {

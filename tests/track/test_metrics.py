@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def _write(path: Path, steps: range, *, start_step: int = 0) -> None:
 
 def test_columns_come_back(tmp_path: Path) -> None:
     writer = JsonlWriter(tmp_path / "m.jsonl")
-    writer.write(1, {"loss": np.float32(2.5)})
+    writer.write(1, {"loss": float(np.float32(2.5))})
     writer.write(2, {"loss": 1.5, "eval_loss": 3})
     writer.write(2, {"bits_per_byte": 1.25})
     writer.close()
@@ -118,7 +119,7 @@ def test_tensorboard_drops_steps_that_are_taken_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("tensorboard", "expected"), [("on", True), ("off", False)])
-def test_open_writers_follows_the_config(tmp_path: Path, tensorboard: str, expected: bool) -> None:
+def test_open_writers_follows_the_config(tmp_path: Path, tensorboard: Literal["on", "off"], expected: bool) -> None:
     writers = open_writers(tmp_path, TrackConfig(tensorboard=tensorboard))
     writers.write(1, {"loss": 1.0})
     writers.close()
