@@ -32,7 +32,7 @@ CORE = [
     "matplotlib>=3.9",
     "psutil>=6",
 ]
-SERVE = ["starlette>=0.47", "uvicorn>=0.35"]
+SERVE = ["starlette>=0.47", "uvicorn>=0.35", "pydantic>=2.11", "prometheus-client>=0.20"]
 EVAL = ["sacrebleu>=2.5", "rouge-score>=0.1.2", "lm-eval>=0.4.13,<0.5"]
 TRACK = ["codecarbon>=3.2", "tensorboard>=2.20"]
 PLAN = [f"libtpu==0.0.42.*; {OLDER}", f"libtpu==0.0.50.*; {NEWER}"]  # as the jax of each asks

@@ -33,6 +33,15 @@ class Verb:
     summary: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One parsed command line."""
+
+    verb: Any  # the module
+    args: argparse.Namespace
+    overrides: dict[str, str]
+
+
 VERBS = {
     "train": Verb("llmjax.verbs.train", "pre-training, fine-tuning, preference optimisation; resumes by itself"),
     "generate": Verb("llmjax.verbs.generate", "text from a workdir"),
@@ -73,18 +82,24 @@ def dispatch(argv: list[str]) -> int:
     """Parse `argv` and hand it to its verb; raises what the verb raises, SystemExit on wrong use."""
     if not argv or argv[0] not in VERBS:
         return _top_level(argv)
-    name, (rest, overrides) = argv[0], split_overrides(argv[1:])
-    module = importlib.import_module(VERBS[name].module)
-    parser = Parser(prog=f"llmjax {name}", description=VERBS[name].summary)
-    parser.set_defaults(verb=name)
-    module.add_arguments(parser)
-    args = parser.parse_args(rest)
-    if overrides and not hasattr(args, "config"):
-        parser.error(f"--config.{next(iter(overrides))}: this command takes no config")
+    command = parse(argv)
     from llmjax.core.platform import prepare
 
     prepare()
-    return module.run(args, overrides)
+    return command.verb.run(command.args, command.overrides)
+
+
+def parse(argv: list[str]) -> Command:
+    """A verb's module with its arguments, checked but not run; SystemExit on wrong use."""
+    name, (rest, overrides) = argv[0], split_overrides(argv[1:])
+    verb = importlib.import_module(VERBS[name].module)
+    parser = Parser(prog=f"llmjax {name}", description=VERBS[name].summary)
+    parser.set_defaults(verb=name)
+    verb.add_arguments(parser)
+    args = parser.parse_args(rest)
+    if overrides and not hasattr(args, "config"):
+        parser.error(f"--config.{next(iter(overrides))}: this command takes no config")
+    return Command(verb, args, overrides)
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:

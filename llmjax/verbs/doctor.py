@@ -18,7 +18,7 @@ import llmjax
 CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "sentencepiece", "numpy")
 # What each extra of setup.py brings, by the modules that have to be importable.
 EXTRAS = {
-    "serve": ("starlette", "uvicorn"),
+    "serve": ("starlette", "uvicorn", "pydantic", "prometheus_client"),
     "eval": ("sacrebleu", "rouge_score", "lm_eval"),
     "track": ("codecarbon",),
     "plan": ("libtpu",),
