@@ -77,7 +77,7 @@ class HarnessLM(TemplateLM):
         return texts
 
     def _loglikelihood_tokens(self, requests: list[EncodedRequest], **kwargs: Any) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether greedy decoding gives it; long contexts lose their start."""
+        """Log-probability of a continuation, and whether greedy decoding gives it; a long context loses its start."""
         spans = []
         for (_, text), context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:

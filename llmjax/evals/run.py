@@ -117,16 +117,17 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [(task, metric, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
             for task, metrics in results.items() for metric, value in metrics.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(f"{task:<{widths[0]}}  {metric:<{widths[1]}}  {value:>{widths[2]}}" for task, metric, value in rows)
+    return "\n".join(f"{task:<{widths[0]}}  {name:<{widths[1]}}  {number:>{widths[2]}}" for task, name, number in rows)
 
 
 def _bpb(evaluation: Evaluation) -> Results:
-    """Bits per byte of the model and of gzip -9 and xz -9e, file by file, and the share that the model saves on gzip."""
+    """Bits per byte of the model and, file by file, of gzip -9 and xz -9e; the share that the model saves on gzip."""
     corpus = evaluation.corpus
     texts = [document.text for document in evaluation.documents]
     gzip, xz = (bits.compressed_bits_per_byte(texts, name) for name in ("gzip", "xz"))
-    return {"bits_per_byte": corpus.bits_per_byte, "gzip": gzip, "xz": xz, "saved_on_gzip": 1 - corpus.bits_per_byte / gzip,
-            "documents": len(corpus.documents), "bytes": corpus.num_bytes, "tokens": corpus.num_tokens}
+    return {"bits_per_byte": corpus.bits_per_byte, "gzip": gzip, "xz": xz,
+            "saved_on_gzip": 1 - corpus.bits_per_byte / gzip, "documents": len(corpus.documents),
+            "bytes": corpus.num_bytes, "tokens": corpus.num_tokens}
 
 
 def _perplexity(evaluation: Evaluation) -> Results:

@@ -52,12 +52,12 @@ class SpanScore:
 class Rows:
     """One batch: packed inputs, and for each scored position its place in them and its token."""
 
-    tokens_BT: np.ndarray
-    positions_BT: np.ndarray
-    segment_ids_BT: np.ndarray
-    index_S: np.ndarray  # into the B * T positions
-    targets_S: np.ndarray
-    num_scored: np.ndarray  # () how many of S are real
+    tokens_BT: jax.Array
+    positions_BT: jax.Array
+    segment_ids_BT: jax.Array
+    index_S: jax.Array  # into the B * T positions
+    targets_S: jax.Array
+    num_scored: jax.Array  # () how many of S are real
     spans: tuple[int, ...]  # whose scored positions follow one another in S
 
 
@@ -138,10 +138,10 @@ def make_rows(spans: Sequence[Span], packed: Sequence[Sequence[int]], *, num_row
             order.append(item)
     num_scored = sum(map(len, index))
     padding = np.zeros(-(-num_rows * row_len // chunk) * chunk - num_scored, np.int32)
-    return Rows(tokens_BT, positions_BT, segment_ids_BT,
-                index_S=np.concatenate([*index, padding]).astype(np.int32),
-                targets_S=np.concatenate([*targets, padding]).astype(np.int32),
-                num_scored=np.int32(num_scored), spans=tuple(order))
+    return Rows(jnp.asarray(tokens_BT), jnp.asarray(positions_BT), jnp.asarray(segment_ids_BT),
+                index_S=jnp.asarray(np.concatenate([*index, padding]), jnp.int32),
+                targets_S=jnp.asarray(np.concatenate([*targets, padding]), jnp.int32),
+                num_scored=jnp.asarray(num_scored, jnp.int32), spans=tuple(order))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"))
@@ -159,8 +159,9 @@ def _score_rows(config: ModelConfig, params: Params, rows: Rows, *, chunk: int) 
         target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=1)[:, 0]
         logprobs_C = target_C - jax.nn.logsumexp(logits_CV, axis=1)
         greedy_C = jnp.argmax(logits_CV, axis=1) == targets_C
-        return tuple(lax.dynamic_update_slice_in_dim(whole, part, i * chunk, axis=0)
-                     for whole, part in zip(scored, (logprobs_C, greedy_C), strict=True))
+        logprobs_S, greedy_S = scored
+        return (lax.dynamic_update_slice_in_dim(logprobs_S, logprobs_C, i * chunk, axis=0),
+                lax.dynamic_update_slice_in_dim(greedy_S, greedy_C, i * chunk, axis=0))
 
     num_chunks = (rows.num_scored + chunk - 1) // chunk
     nothing = (jnp.zeros(rows.index_S.shape, jnp.float32), jnp.zeros(rows.index_S.shape, bool))

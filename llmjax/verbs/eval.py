@@ -46,4 +46,5 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def _show_progress(done: int, total: int) -> None:
-    print(f"\r\x1b[2Keval: batch {done} of {total}" if done < total else "\r\x1b[2K", end="", file=sys.stderr, flush=True)
+    line = f"eval: batch {done} of {total}" if done < total else ""
+    print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)

@@ -14,9 +14,9 @@ from tests.evals.tiny import CONFIG, brute_force, tiny_model
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the [eval] extra)")
 
-from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.instance import Instance
 
-from llmjax.evals import harness  # noqa: E402
+from llmjax.evals import harness
 
 TEXT = "The cat sat on the mat, and the dog sat on the cat. " * 3
 

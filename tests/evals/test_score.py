@@ -51,7 +51,8 @@ def test_scores_equal_brute_force(tiny, monkeypatch, tokens_a_batch, chunk_logit
         logprobs = brute_force(model, params, span.ids[:-1])
         expected = logprobs[np.arange(len(span.ids) - 1), span.ids[1:]][-span.num_scored:]
         np.testing.assert_allclose(scored.logprobs, expected, atol=2e-5)
-        np.testing.assert_array_equal(scored.greedy, logprobs.argmax(1)[-span.num_scored:] == span.ids[-span.num_scored:])
+        best = logprobs.argmax(1)[-span.num_scored:]
+        np.testing.assert_array_equal(scored.greedy, best == span.ids[-span.num_scored:])
         assert scored.total == pytest.approx(expected.sum(), abs=1e-3)
 
 

@@ -8,7 +8,7 @@ from llmjax.core.errors import RunError
 from llmjax.evals import text_metrics
 
 PREDICTIONS = ["the cat sat on the mat", "a quick brown fox jumps", "nothing in common"]
-REFERENCES = [("the cat sat on a mat", "a cat is on the mat"), ("the quick brown fox jumped",), ("entirely different words",)]
+REFERENCES = [("the cat sat on a mat", "a cat is on the mat"), ("the quick brown fox jumped",), ("other words",)]
 
 
 def test_bleu_is_sacrebleus():
@@ -37,7 +37,7 @@ def test_pairs_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ('{"prediction": "a", "reference": "b"}\n{"prediction": "a"}\n', r"pairs.jsonl:2: needs `reference`.*it has prediction"),
+    ('{"prediction": "a", "reference": "b"}\n{"prediction": "a"}\n', r":2: needs `reference`.*has prediction"),
     ('{"reference": "b"}', r":1: needs `prediction`"),
     ('{"prediction": 3, "reference": "b"}', r":1: needs `prediction`"),
     ('{"prediction": "a", "references": []}', r":1: needs `reference`"),

@@ -34,8 +34,7 @@ def tiny_model(config: ModelConfig = CONFIG) -> tuple[decoder.Model, dict]:
     """The declaration and random parameters, without the seconds that compiling an initialisation takes."""
     rng = np.random.default_rng(0)
     model = decoder.abstract_model(config)
-    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * config.init_scale, leaf.dtype), model.shapes)
-    return model, params
+    return model, jax.tree.map(lambda leaf: jnp.asarray(config.init_scale * rng.normal(size=leaf.shape)), model.shapes)
 
 
 PADDED = 128
