@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("LLMJAX_DEBUG") == "1":
             raise
-        return report(error, verb=argv[0])
+        return report(error, verb="".join(argv[:1]))
 
 
 def dispatch(argv: list[str]) -> int:

@@ -53,7 +53,7 @@ def raising(error: BaseException) -> Run:
         (ConfigError("train.steps=0: at least 1"), 2, "llmjax probe: train.steps=0: at least 1"),
         (RestartRequested("preempted at step 9"), 75, "llmjax probe: preempted at step 9"),
         (ValueError("two\nlines"), 1, "llmjax probe: two lines"),
-        (FileNotFoundError(2, "No such file or directory", "x.txt"), 1, "llmjax probe: x.txt: No such file or directory"),
+        (FileNotFoundError(2, "No such file", "x.txt"), 1, "llmjax probe: x.txt: No such file"),
         (OSError(28, "No space left on device", "/full"), 1, "llmjax probe: no space left on the disk of /full"),
         (KeyboardInterrupt(), 130, "llmjax probe: interrupted"),
     ],
@@ -181,7 +181,8 @@ print(sorted({HEAVY!r} & set(sys.modules)))
 
 
 def test_the_module_runs_and_says_its_version(command_env: dict[str, str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "llmjax.cli", "--version"], env=command_env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "llmjax.cli", "--version"]
+    done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("llmjax ")
 
 
@@ -199,6 +200,7 @@ sys.exit(cli.main(["probe"]))
 """
     read_end, write_end = os.pipe()
     os.close(read_end)
-    done = subprocess.run([sys.executable, "-c", code], env=command_env, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=command_env, stdout=write_end, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (cli.PIPE_CLOSED, "")

@@ -64,6 +64,7 @@ def test_a_recipe_is_short_and_says_how_to_run_it_and_what_to_expect(recipe: str
     source = RECIPES[recipe].read_text()
     assert len(source.splitlines()) <= 80
     docstring = (ast.get_docstring(ast.parse(source)) or "").lower()
-    assert f"llmjax train --config=configs/{recipe}" in docstring
-    for wanted in (r"hardware:", r"\b(loss|bits per byte)\b", r"\d ?(s|seconds?|minutes?|hours?|days?)\b"):
-        assert re.search(wanted, docstring), f"{recipe} lacks {wanted}"
+    assert re.search(rf"llmjax [a-z ]+ --config=configs/{re.escape(recipe)}", docstring) and "hardware:" in docstring
+    if "llmjax train" in docstring:
+        assert re.search(r"\b(loss|bits per byte)\b", docstring), "what loss to expect"
+        assert re.search(r"\d ?(s|seconds?|minutes?|hours?|days?)\b", docstring), "what time to expect"

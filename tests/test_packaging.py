@@ -16,7 +16,7 @@ def test_kernels_are_one_package_reached_through_the_link(root: Path) -> None:
     link = root / "llmjax" / "kernels"
     assert link.is_symlink() and link.resolve() == root / "kernels"
     assert not (root / "kernels" / "__init__.py").exists()
-    import llmjax.kernels.attention.api as api
+    from llmjax.kernels.attention import api
 
     assert Path(api.__file__).resolve().is_relative_to(root / "kernels")
 

@@ -13,8 +13,8 @@ from llmjax.core.config import load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LINES = [line for block in re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL) for line in block.splitlines()]
-COMMANDS = [command.strip() for line in LINES for command in line.split("&&")]
+BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [command.strip() for block in BLOCKS for line in block.splitlines() for command in line.split("&&")]
 OURS = [command for command in COMMANDS if command.startswith("llmjax ")]
 
 

@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.files import write_json
-from llmjax.core.files import write_json
 from llmjax.core.sections import Config
 
 CONFIG_FILE = "config.json"
@@ -79,11 +78,6 @@ def to_dict(config: Config) -> dict[str, Any]:
 def flatten(config: Config) -> dict[str, Any]:
     """Every value by its dotted path, as overrides name it."""
     return {path: _get(config, path) for path in _leaf_types(Config)}
-
-
-def save(config: Config, workdir: Path) -> None:
-    """Leave the resolved config in the workdir."""
-    write_json(workdir / CONFIG_FILE, to_dict(config))
 
 
 def from_workdir(workdir: Path, overrides: Mapping[str, str] | None = None) -> Config:

@@ -95,10 +95,9 @@ def _devices() -> list[Finding]:
 
     devices: list[Any] = jax.devices()
     jnp.ones((8, 8)).sum().block_until_ready()
-    seconds = time.perf_counter() - began
+    seconds, cache = time.perf_counter() - began, os.environ.get("JAX_COMPILATION_CACHE_DIR")
     return [
         Finding("platform", f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}"),
         Finding("devices", f"{len(devices)} x {devices[0].device_kind}, first result after {seconds:.1f} s"),
-        Finding("compilation cache", os.environ.get("JAX_COMPILATION_CACHE_DIR", "off"),
-                "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else "set JAX_COMPILATION_CACHE_DIR to keep compiled steps"),
+        Finding("compilation cache", cache or "off", "" if cache else "JAX_COMPILATION_CACHE_DIR=DIR keeps compiled steps"),
     ]

@@ -50,7 +50,8 @@ def test_the_name_is_the_files_and_the_argument_made_safe_unless_given(tmp_path:
 def test_a_recipe_edits_the_one_beside_it_and_leaves_no_module_behind(tmp_path: Path) -> None:
     for folder, steps in (("one", 3), ("two", 4)):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "parent_recipe.py").write_text(f"def get_config(): return {{'train': {{'steps': {steps}}}}}")
+        parent = f"def get_config(): return {{'train': {{'steps': {steps}}}}}"
+        (tmp_path / folder / "parent_recipe.py").write_text(parent)
         child = tmp_path / folder / "child.py"
         child.write_text("import parent_recipe\ndef get_config(): return parent_recipe.get_config()")
         assert load(str(child)).train.steps == steps
@@ -151,8 +152,9 @@ def test_every_size_has_a_limit_that_names_a_field() -> None:
     for path, limit in {**config_lib.AT_LEAST, **config_lib.AT_MOST}.items():
         assert isinstance(LEAVES[path], (int, float)), path
         assert limit is not None
-    numbers = {path for path, value in LEAVES.items() if isinstance(value, (int, float)) and not path.startswith("mesh.")}
-    free = {"data.shuffle_seed", "train.seed", "model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor"}
+    numbers = {path for path, value in LEAVES.items() if isinstance(value, (int, float)) and "mesh." not in path}
+    rope = "model.rope_scaling"
+    free = {"data.shuffle_seed", "train.seed", f"{rope}.low_freq_factor", f"{rope}.high_freq_factor"}
     assert numbers - config_lib.AT_LEAST.keys() == free
 
 
