@@ -58,7 +58,8 @@ def test_the_report_needs_no_other_file(workdir: Path) -> None:
 
 def test_the_report_shows_the_figures_and_escapes_what_a_model_wrote(workdir: Path) -> None:
     page = Page((workdir / "report.html").read_text())
-    for expected in ("little", "1.8000", "2.0000", "2.22 M", "3 min 53 s", "2.1 Wh", str(RESULTS["sample"]), "step 200"):
+    for expected in ("little", "1.8000", "2.0000", "2.22 M", "3 min 53 s", "2.1 Wh", str(RESULTS["sample"]),
+                     "step 200"):
         assert expected in page.text
     assert "b" not in page.open
 
