@@ -99,5 +99,5 @@ def _devices() -> list[Finding]:
     return [
         Finding("platform", f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}"),
         Finding("devices", f"{len(devices)} x {devices[0].device_kind}, first result after {seconds:.1f} s"),
-        Finding("compilation cache", cache or "off", "" if cache else "JAX_COMPILATION_CACHE_DIR=DIR keeps compiled steps"),
+        Finding("compilation cache", cache or "off", "" if cache else "JAX_COMPILATION_CACHE_DIR=DIR switches it on"),
     ]
