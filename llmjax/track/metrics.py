@@ -8,14 +8,15 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmjax.core.errors import RunError
 from llmjax.core.files import write_atomic
 from llmjax.core.sections import TrackConfig
 from llmjax.track.events import EventFile
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FILE = "metrics.jsonl"
 EVENTS = "events"
@@ -107,6 +108,8 @@ class Series:
 
 def read_metrics(path: Path) -> dict[str, Series]:
     """Every metric of a metrics.jsonl by name; a value written twice for a step counts once, the later one."""
+    import numpy as np
+
     by_name: dict[str, dict[int, float]] = {}
     for record in _records(path):
         step = record.pop("step")
