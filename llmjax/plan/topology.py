@@ -1,0 +1,88 @@
+"""TPU topologies by name, as they are wired, on a machine without a TPU.
+
+Asked for by its bare name alone, a v5p cube comes without its torus links and without megacore, and the compiler turns
+gathers into reductions of padded shards: figures from it would be wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+from typing import TYPE_CHECKING
+
+from llmjax.core.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    import jax
+
+# What libtpu needs to know before it loads: there is no metadata server to ask, and others may have it loaded too.
+ENVIRONMENT = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU generation. Memory as published by Google Cloud's system architecture pages."""
+
+    hbm_bytes: int  # of a chip
+    num_dims: int  # of its torus
+    wrap_multiple: int  # a slice closes into a torus when its dims are multiples of this
+    megacore: bool  # two TensorCores work as one device
+    devices_per_chip: int = 1
+
+
+CHIPS = {
+    "v4": Chip(32 * GIB, num_dims=3, wrap_multiple=4, megacore=True),
+    "v5e": Chip(16 * GIB, num_dims=2, wrap_multiple=16, megacore=False),
+    "v5p": Chip(95 * GIB, num_dims=3, wrap_multiple=4, megacore=True),
+    "v6e": Chip(32 * GIB, num_dims=2, wrap_multiple=16, megacore=False),
+    "tpu7x": Chip(192 * GIB, num_dims=3, wrap_multiple=4, megacore=False, devices_per_chip=2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice: its chips and the devices that jax sees on them."""
+
+    name: str
+    chip: Chip
+    num_chips: int
+    devices: list[jax.Device]
+
+
+def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
+    """Chip and torus of a name such as v5p:4x4x4; raises ConfigError that says what would fit."""
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    chip = CHIPS.get(match[1]) if match else None
+    dims = tuple(int(size) for size in match[2].split("x")) if match else ()
+    if chip is None or len(dims) != chip.num_dims or 0 in dims:
+        forms = ", ".join(f"{chip_name}:{'x'.join('ABC'[: c.num_dims])}" for chip_name, c in CHIPS.items())
+        raise ConfigError(f"--topology={name}: no such topology; the forms are {forms}, for example v5p:4x4x4")
+    return chip, dims
+
+
+def load(name: str) -> Topology:
+    """The topology `name`, described by libtpu; raises RunError where libtpu is missing or refuses it."""
+    chip, dims = parse(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise RunError("the TPU compiler is not installed: pip install 'llmjax[plan]'")
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    wraps = all(size % chip.wrap_multiple == 0 for size in dims)
+    try:
+        description = topologies.get_topology_desc(
+            topology_name=name,
+            platform="tpu",
+            chip_config_name="megacore" if chip.megacore else "default",
+            chips_per_host_bounds=tuple(min(size, bound) for size, bound in zip((*dims, 1)[:3], (2, 2, 1), strict=True)),
+            num_slices=1,
+            wrap=(wraps,) * len(dims) + (False,) * (3 - len(dims)),
+        )
+    except RuntimeError as error:
+        raise RunError(f"--topology={name}: libtpu refuses it: {str(error).splitlines()[0]}") from error
+    devices = list(description.devices)
+    return Topology(name, chip, num_chips=len(devices) // chip.devices_per_chip, devices=devices)
