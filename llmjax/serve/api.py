@@ -1,4 +1,4 @@
-"""An HTTP server that speaks the OpenAI API: models, completions and chat completions, whole or as server-sent events."""
+"""An HTTP server that speaks the OpenAI API: models, completions and chats, whole or as server-sent events."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ def make_app(engine: Engine, *, model_name: str) -> Starlette:
 
     counting = Middleware(CountResponses, metrics=server.metrics, endpoints={route.path for route in routes})
     told = (ApiError, HTTPException, pydantic.ValidationError, LlmjaxError, Exception)
-    return Starlette(routes=routes, lifespan=lifespan, middleware=[counting],
-                     exception_handlers={kind: errors.handle for kind in told})
+    app = Starlette(routes=routes, lifespan=lifespan, middleware=[counting],
+                    exception_handlers=dict.fromkeys(told, errors.handle))
+    app.state.scheduler = server.scheduler
+    return app
 
 
 class Server:

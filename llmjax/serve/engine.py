@@ -207,13 +207,10 @@ class _Row:
         token_id = int(sampled.token_B[step, self._index])
         self.left -= 1
         piece, finish_reason = self._advance(token_id)
-        alternatives = ()
-        if self._num_alternatives:
-            ids = sampled.alternatives_BA[step, self._index, :self._num_alternatives].tolist()
-            logprobs = sampled.alternative_logprobs_BA[step, self._index, :self._num_alternatives].tolist()
-            alternatives = tuple(zip(ids, logprobs, strict=True))
-        return Token(self._index, token_id, float(sampled.logprob_B[step, self._index]), alternatives, piece,
-                     finish_reason)
+        ids = sampled.alternatives_BA[step, self._index, :self._num_alternatives].tolist()
+        logprobs = sampled.alternative_logprobs_BA[step, self._index, :self._num_alternatives].tolist()
+        return Token(self._index, token_id, float(sampled.logprob_B[step, self._index]),
+                     tuple(zip(ids, logprobs, strict=True)), piece, finish_reason)
 
     def _advance(self, token_id: int) -> tuple[str, FinishReason | None]:
         """The text that this token adds, and whether it is the last."""
@@ -242,9 +239,10 @@ def _prefill(model: decoder.Model, params: Params, tokens_BP: jax.Array, length_
     """Run the prompts, real tokens on the right; padding has segment id 0 and is never attended to."""
     B, P = tokens_BP.shape
     index_BP = jnp.arange(P)[None, :] - (P - length_B[:, None])
-    cache = cache_lib.init_cache(model.config, batch_size=B, max_len=P)
-    hidden_BPD, cache = decoder.forward(model, params, tokens_BP, positions_BT=jnp.maximum(index_BP, 0),
-                                        segment_ids_BT=(index_BP >= 0).astype(jnp.int32), cache=cache)
+    hidden_BPD, cache = decoder.forward(
+        model, params, tokens_BP, positions_BT=jnp.maximum(index_BP, 0),
+        segment_ids_BT=(index_BP >= 0).astype(jnp.int32),
+        cache=cache_lib.init_cache(model.config, batch_size=B, max_len=P))
     assert cache
     return Carry(cache, decoder.logits(model, params, hidden_BPD[:, -1:])[:, 0], position_B=length_B)
 
@@ -285,7 +283,8 @@ def _score(model: decoder.Model, params: Params, tokens_P: jax.Array, length: ja
         return sampling.observe(logits_TV, next_T)
 
     # A vocabulary of logits for MIN_BUCKET positions at a time, not for the whole prompt.
-    chunks = (hidden_BPD[0].reshape(-1, MIN_BUCKET, hidden_BPD.shape[-1]), jnp.roll(tokens_P, -1).reshape(-1, MIN_BUCKET))
+    next_P = jnp.roll(tokens_P, -1)
+    chunks = (hidden_BPD[0].reshape(-1, MIN_BUCKET, hidden_BPD.shape[-1]), next_P.reshape(-1, MIN_BUCKET))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), lax.map(score_chunk, chunks))
 
 

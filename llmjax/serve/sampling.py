@@ -15,6 +15,8 @@ from jax import lax
 
 from llmjax.core.errors import ConfigError
 
+Array = jax.Array | np.ndarray
+
 MAX_ALTERNATIVES = 20  # the most that the OpenAI API lets a client ask for
 GREEDY_BELOW = 1e-5  # temperatures under this would overflow float32
 
@@ -50,11 +52,11 @@ class SamplingParams:
 class Settings:
     """The sampling settings of a batch as arrays, so that changing them compiles nothing."""
 
-    temperature_B: np.ndarray
-    top_k_B: np.ndarray
-    top_p_B: np.ndarray
-    seed_B: np.ndarray
-    alternatives: np.ndarray  # () bool: whether any row wants them
+    temperature_B: Array
+    top_k_B: Array
+    top_p_B: Array
+    seed_B: Array
+    alternatives: Array  # () bool: whether any row wants them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +96,9 @@ def sample(logits_BV: jax.Array, settings: Settings, *, position_B: jax.Array) -
     scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, settings.temperature_B)[:, None]
     restricted = ((settings.top_k_B > 0) | (settings.top_p_B < 1)) & ~greedy_B
     # The sort over the vocabulary is the dear part: only when a row asks for it.
-    scaled_BV = lax.cond(restricted.any(), lambda x_BV: restrict(x_BV, top_k_B=settings.top_k_B,
-                                                                 top_p_B=settings.top_p_B), lambda x_BV: x_BV, scaled_BV)
+    scaled_BV = lax.cond(restricted.any(),
+                         lambda x_BV: restrict(x_BV, top_k_B=settings.top_k_B, top_p_B=settings.top_p_B),
+                         lambda x_BV: x_BV, scaled_BV)
     keys_B = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
         settings.seed_B, position_B)
     token_B = jnp.where(greedy_B, jnp.argmax(logits_BV, axis=1), jax.vmap(jax.random.categorical)(keys_B, scaled_BV))
@@ -107,7 +110,7 @@ def observe(logits_BV: jax.Array, token_B: jax.Array) -> Sampled:
     return _observe(jax.nn.log_softmax(logits_BV.astype(jnp.float32)), token_B, wanted=jnp.array(True))
 
 
-def restrict(logits_BV: jax.Array, *, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+def restrict(logits_BV: jax.Array, *, top_k_B: Array, top_p_B: Array) -> jax.Array:
     """Logits with -inf outside the k most probable, and of these outside the nucleus (Holtzman et al. 2020).
 
     top_k 0 and top_p 1 leave a row alone; tokens tied with the last one kept are kept too.
@@ -124,7 +127,7 @@ def restrict(logits_BV: jax.Array, *, top_k_B: jax.Array, top_p_B: jax.Array) ->
     return jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)
 
 
-def _observe(logprobs_BV: jax.Array, token_B: jax.Array, *, wanted: jax.Array) -> Sampled:
+def _observe(logprobs_BV: jax.Array, token_B: jax.Array, *, wanted: Array) -> Sampled:
     batch_size, size = logprobs_BV.shape
     shape = (batch_size, min(MAX_ALTERNATIVES, size))
 

@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; the begin token is put in front of it")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same, from a UTF-8 file")
-    prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids as they are, nothing put in front; works without "
-                                                              "a tokenizer")
+    prompt.add_argument("--prompt-ids", metavar="1,2,3",
+                        help="token ids as they are, nothing put in front; works without a tokenizer")
     parser.add_argument("--max-new-tokens", type=int, metavar="N",
                         help="how many tokens at most (default: serve.max_new_tokens, or what the context still takes)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T",
@@ -81,7 +81,7 @@ def _print_text(token: Token) -> None:
 
 
 def _print_id(token: Token) -> None:
-    print(token.id, end="\n" if token.finish_reason else ",", flush=True)
+    print(token.id, end="" if token.finish_reason else ",", flush=True)
 
 
 def _as_dict(generation: Generation, tokenizer: Tokenizer | None) -> dict[str, object]:

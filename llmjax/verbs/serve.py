@@ -19,11 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's flags."""
     parser.description = "Serve the latest checkpoint of a workdir over HTTP, in the words of the OpenAI API."
     parser.epilog = ("example: llmjax serve --workdir=runs/quickstart --port=8000\n"
-                     "then:    curl http://127.0.0.1:8000/v1/completions -d '{\"model\": \"quickstart\", \"prompt\": \"def \"}'")
+                     "then:    curl http://127.0.0.1:8000/v1/completions "
+                     """-d '{"model": "quickstart", "prompt": "def "}'""")
     add_run_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1: this machine "
-                                                            "alone; there is no authentication)")
-    parser.add_argument("--port", type=int, default=8000, help="the port to listen on (default 8000; 0 takes a free one)")
+    parser.add_argument("--host", default="127.0.0.1",
+                        help="the address to listen on (default 127.0.0.1: this machine alone; nothing asks for a key)")
+    parser.add_argument("--port", type=int, default=8000,
+                        help="the port to listen on (default 8000; 0 takes a free one)")
 
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -32,27 +34,25 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         raise ConfigError(f"--port={args.port}: from 0 to {PORTS[-1]}")
     if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
         raise RunError(f"{', '.join(missing)} missing; pip install 'llmjax[serve]' brings what the server needs")
-    # uvicorn ends with the signal it was ended with, which must then mean success; before it runs there is nothing to end.
+    # uvicorn raises the signal that ended it once more; that means success. Before it runs there is nothing to end.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
     workdir = find_workdir(args, overrides)
     listener = _listen(args.host, args.port)
 
-    import uvicorn
-
     from llmjax.serve.api import make_app
     from llmjax.serve.engine import Engine
     from llmjax.serve.load import load_workdir
+    from llmjax.serve.server import serve
 
     loaded = load_workdir(workdir, overrides)
     if loaded.tokenizer is None:
-        raise RunError(f"{workdir} holds no tokenizer, and a server speaks text; `llmjax generate --prompt-ids` does not")
+        raise RunError(f"{workdir} holds no tokenizer, and a server speaks text; `llmjax generate --prompt-ids` "
+                       f"does without")
     engine = Engine(loaded.model, loaded.params, tokenizer=loaded.tokenizer, config=loaded.config.serve)
     app = make_app(engine, model_name=loaded.config.name)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False,
-                                           timeout_graceful_shutdown=round(loaded.config.serve.grace_seconds)))
     print(f"model {loaded.config.name} at step {loaded.step:,}: {_url(listener)}/v1", flush=True)
-    server.run(sockets=[listener])
+    serve(app, listener, grace_seconds=loaded.config.serve.grace_seconds)
     return 0
 
 

@@ -102,7 +102,9 @@ def test_alternatives_are_the_models(engine):
 @pytest.mark.parametrize("length", [1, 64, 70])
 def test_prompt_scores_are_the_models(engine, length):
     prompt_ids = random_ids(length)
-    scored = engine.score_prompt(prompt_ids, num_alternatives=2)
+    params = SamplingParams(max_new_tokens=1, num_alternatives=2)
+    scored, token = engine.stream([Request(prompt_ids, params, score_prompt="yes")])
+    assert token.id == engine.generate(prompt_ids, params).token_ids[0]
     logprobs_TV = logprobs_without_cache(engine, prompt_ids)[:-1]
     np.testing.assert_allclose(scored.logprobs, logprobs_TV[np.arange(length - 1), prompt_ids[1:]], atol=1e-5)
     assert [[i for i, _ in row] for row in scored.alternatives] == np.argsort(-logprobs_TV)[:, :2].tolist()

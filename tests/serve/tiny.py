@@ -35,8 +35,11 @@ class ByteTokenizer:
         return b"".join(self.token_bytes[i] for i in ids)
 
 
+BYTES = ByteTokenizer()
+
+
 def make_engine(config: ModelConfig = CONFIG, *, seed: int = 0, serve: ServeConfig = ServeConfig(),
-                tokenizer: ByteTokenizer | None = ByteTokenizer()) -> Engine:
+                tokenizer: ByteTokenizer | None = BYTES) -> Engine:
     """An engine around random parameters."""
     params = decoder.init_params(config, jax.random.key(seed), None)
     return Engine(decoder.abstract_model(config), params, tokenizer=tokenizer, config=serve)
