@@ -10,21 +10,32 @@ import json
 import os
 import platform
 import shutil
+import subprocess
+import sys
 import time
 from typing import Any
 
 import llmjax
 
 CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "sentencepiece", "numpy")
-# What each extra of setup.py brings, by the modules that have to be importable.
+# What is known to work together, by whether Python is 3.12 or newer; most other pairs fail when flax is imported.
+PAIRS = {True: "'jax>=0.12,<0.13' 'flax>=0.12.12,<0.13'", False: "'jax>=0.10.2,<0.11' 'flax==0.12.8'"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """An extra of setup.py: the modules that have to be importable, and what they are good for."""
+
+    modules: tuple[str, ...]
+    gives: str
+
+
 EXTRAS = {
-    "serve": ("starlette", "uvicorn", "pydantic", "prometheus_client"),
-    "eval": ("sacrebleu", "rouge_score", "lm_eval"),
-    "track": ("codecarbon",),
-    "plan": ("libtpu",),
-    "spark": ("pyspark",),
-    "ray": ("ray",),
-    "test": ("pytest", "hypothesis", "torch", "transformers"),
+    "serve": Extra(("starlette", "uvicorn", "pydantic", "prometheus_client"), "llmjax serve"),
+    "eval": Extra(("sacrebleu", "rouge_score", "lm_eval"), "BLEU, ROUGE and harness tasks in llmjax eval"),
+    "track": Extra(("codecarbon",), "energy and carbon in the card of a run"),
+    "plan": Extra(("libtpu",), "llmjax plan, which compiles for TPUs that are elsewhere"),
+    "test": Extra(("pytest", "hypothesis", "torch", "transformers"), "the tests"),
 }
 
 
@@ -46,13 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     """Report; returns 1 when something that training needs is lacking."""
-    findings = [*_machine(), *_versions(), *_extras(), *_devices()]
+    findings = [*_machine(), *_versions(), *_pair(), *_extras(), *_devices()]
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         print(f"{finding.name:{width}}  {finding.value}{f'; {finding.remedy}' if finding.remedy else ''}")
     if args.json:
         print(json.dumps({finding.name: finding.value for finding in findings}))
-    return int(any(finding.value == "missing" for finding in findings))
+    return int(any(finding.value.startswith(("missing", "broken")) for finding in findings))
 
 
 def _machine() -> list[Finding]:
@@ -78,12 +89,22 @@ def _versions() -> list[Finding]:
     return findings
 
 
+def _pair() -> list[Finding]:
+    """Whether flax imports with this jax; tried in a process of its own, where a failure costs nothing."""
+    tried = subprocess.run([sys.executable, "-c", "from flax import nnx"], capture_output=True, text=True, check=False)
+    if tried.returncode == 0:
+        return [Finding("flax with jax", "works")]
+    reason = (tried.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+    return [Finding("flax with jax", f"broken ({reason})", f"pip install {PAIRS[sys.version_info >= (3, 12)]}")]
+
+
 def _extras() -> list[Finding]:
     findings = []
-    for extra, modules in EXTRAS.items():
-        lacking = [module for module in modules if importlib.util.find_spec(module) is None]
-        remedy = f"pip install 'llmjax[{extra}]'" if lacking else ""
-        findings.append(Finding(f"[{extra}]", f"without {', '.join(lacking)}" if lacking else "installed", remedy))
+    for name, extra in EXTRAS.items():
+        lacking = [module for module in extra.modules if importlib.util.find_spec(module) is None]
+        value = f"without {', '.join(lacking)}" if lacking else "installed"
+        remedy = f"pip install 'llmjax[{name}]'" if lacking else ""
+        findings.append(Finding(f"[{name}]", f"{value}: {extra.gives}", remedy))
     return findings
 
 
