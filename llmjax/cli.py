@@ -57,12 +57,19 @@ VERBS = {
 }
 
 
+class Help(argparse.HelpFormatter):
+    """Wraps descriptions and leaves examples as they are written, to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "example:" in text else super()._fill_text(text, width, indent)
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes no abbreviations and keeps examples as they are written."""
+    """An argument parser that takes no abbreviations."""
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(**{"allow_abbrev": False} | kwargs)
+        kwargs.setdefault("formatter_class", Help)
+        super().__init__(allow_abbrev=False, **kwargs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
