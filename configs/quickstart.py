@@ -20,4 +20,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "optim": {"name": "muon", "learning_rate": 0.01, "schedule": "linear", "warmup_steps": 50},
         "train": {"steps": 300},
         "checkpoint": {"every": 100},
+        "eval": {"compare": "gzip", "prompt": "def ", "seq_len": 512},
     })

@@ -13,7 +13,7 @@ CHUNK_BYTES = 128 * 2**20  # float32 logits of one chunk
 
 def num_chunks(num_tokens: int, vocab_size: int) -> int:
     """The fewest equal chunks of tokens whose float32 logits stay below CHUNK_BYTES."""
-    wanted = -(-num_tokens * vocab_size * 4 // CHUNK_BYTES)
+    wanted = min(num_tokens, -(-num_tokens * vocab_size * 4 // CHUNK_BYTES))
     return next(n for n in range(wanted, num_tokens + 1) if num_tokens % n == 0)
 
 

@@ -40,7 +40,7 @@ class Hook:
 class Task:
     """Batches from any step on, a loss, what stays frozen beside the parameters, and what to do along the way."""
 
-    batches: Callable[[int], Iterator[Batch]]  # start step -> global batches (this process's rows)
+    batches: Callable[..., Iterator[Batch]]  # (start_step=n) -> global batches from there on, this process's rows
     loss: LossFn
     frozen: Params = dataclasses.field(default_factory=dict)  # arrays the loss reads and nothing changes
     hooks: tuple[Hook, ...] = ()

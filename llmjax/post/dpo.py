@@ -6,7 +6,7 @@ Letters: B pairs, P = 2 (chosen, rejected), T time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -14,9 +14,8 @@ import jax.numpy as jnp
 
 from llmjax.core.errors import ConfigError
 from llmjax.core.sections import Config, TaskConfig
-from llmjax.core.task import Batch, LossFn, LossOutput, Params, Task
+from llmjax.core.task import LossFn, LossOutput, Params, Task
 from llmjax.data import preference
-from llmjax.data.shards import TokenStore
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.kernels.cross_entropy import api as cross_entropy
 from llmjax.models.decoder import Model, forward, head_kernel
@@ -32,15 +31,11 @@ def make_task(config: Config, *, workdir: Path, tokenizer: Tokenizer, reference:
     make = functools.partial(preference_examples, seed=config.data.shuffle_seed)
     files = example_files(config, workdir, make=make)
     store = preference.preference_store(files, tokenizer, workdir / "data" / "pairs")
-    return Task(batches=functools.partial(_batches, store, config, process_index, process_count),
-                loss=make_loss(config.task, remat=config.train.remat), frozen={"reference": reference})  # fmt: skip
-
-
-def _batches(store: TokenStore, config: Config, process_index: int, process_count: int,
-             start_step: int) -> Iterator[Batch]:
-    return preference.batches(store, seq_len=config.data.seq_len, batch_size=config.data.batch_size,
-                              seed=config.data.shuffle_seed, start_step=start_step, process_index=process_index,
-                              process_count=process_count)  # fmt: skip
+    batches = functools.partial(preference.batches, store, seq_len=config.data.seq_len,
+                                batch_size=config.data.batch_size, seed=config.data.shuffle_seed,
+                                process_index=process_index, process_count=process_count)
+    return Task(batches=batches, loss=make_loss(config.task, remat=config.train.remat),
+                frozen={"reference": reference})
 
 
 def make_loss(config: TaskConfig, *, remat: str) -> LossFn:

@@ -83,7 +83,7 @@ def fit(run: Run, state: TrainState, *, writer: Writer, progress: ProgressLine) 
     step_fn = compile_step(run)
     report = Reporter(run, first, writer=writer, progress=progress)
     with jax.set_mesh(run.mesh), StopSignals() as signals, Profiler(run) as profiler:
-        batches = run.task.batches(first)
+        batches = run.task.batches(start_step=first)
         for step in range(first + 1, run.last_step + 1):
             profiler.before(step)
             batch = put_batch(next(batches), run.mesh)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from llmjax.core.sections import Config, TaskConfig
-from llmjax.core.task import Batch, LossFn, LossOutput, Params, Task
+from llmjax.core.task import LossFn, LossOutput, Params, Task
 from llmjax.data import loader
-from llmjax.data.pack import PackPlan, pack_plan
+from llmjax.data.pack import pack_plan
 from llmjax.data.shards import TokenStore
 from llmjax.kernels.cross_entropy.api import TokenLoss, linear_cross_entropy
 from llmjax.models.decoder import Model, forward, head_kernel
@@ -43,11 +43,6 @@ def make_task(config: Config, *, data: Path, process_index: int = 0, process_cou
     """Packed rows of a data folder, each target weighing one."""
     store = TokenStore.open(data / "shards")
     plan = pack_plan(store.lengths, seq_len=config.data.seq_len, seed=config.data.shuffle_seed)
-    batches = functools.partial(_batches, store, plan, config, process_index, process_count)
+    batches = functools.partial(loader.batches, store, plan, batch_size=config.data.batch_size,
+                                seed=config.data.shuffle_seed, process_index=process_index, process_count=process_count)
     return Task(batches=batches, loss=make_loss(config.task, remat=config.train.remat))
-
-
-def _batches(store: TokenStore, plan: PackPlan, config: Config, process_index: int, process_count: int,
-             start_step: int) -> Iterator[Batch]:
-    return loader.batches(store, plan, batch_size=config.data.batch_size, seed=config.data.shuffle_seed,
-                          start_step=start_step, process_index=process_index, process_count=process_count)

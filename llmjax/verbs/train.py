@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-import sys
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,8 +36,7 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     config, workdir = open_run(args, overrides)
     config = _with_profile(config, args.profile)
     if _finished(workdir, config):
-        print(f"{workdir} has finished its {config.train.steps:,} steps; try: "
-              f"llmjax generate --workdir={workdir} --prompt='{config.eval.prompt or 'def '}'")
+        print(f"{workdir} has finished its {config.train.steps:,} steps; next: {_next_command(config, workdir)}")
         print(workdir)
         return 0
     tokenizer, config = _tokenizer(config, workdir)
@@ -48,9 +47,14 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     with train_report.Session(config, workdir) as session:
         prepared = prepare(config, workdir, tokenizer)
         state = session.train(prepared)
-        session.describe(prepared, state)
+        session.describe(prepared, state, tokenizer)
+    print(f"next: {_next_command(config, workdir)}")
     print(workdir)
     return 0
+
+
+def _next_command(config: Config, workdir: Path) -> str:
+    return f"llmjax generate --workdir={workdir} --prompt={shlex.quote(config.eval.prompt or 'def ')}"
 
 
 def _with_profile(config: Config, steps: str) -> Config:
@@ -118,7 +122,12 @@ def _make_task(config: Config, workdir: Path, tokenizer: Tokenizer, parent_param
     import jax
 
     from llmjax.data.build import data_folder
+    from llmjax.post import dpo, sft
     from llmjax.train import pretrain
 
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    if config.task.name == "sft":
+        return sft.make_task(config, workdir=workdir, tokenizer=tokenizer, **share)
+    if config.task.name == "dpo":
+        return dpo.make_task(config, workdir=workdir, tokenizer=tokenizer, reference=parent_params(), **share)
     return pretrain.make_task(config, data=data_folder(config.data, workdir), **share)

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from llmjax.core.sections import Config
+from llmjax.core.files import write_json
+from llmjax.core.sections import Config, EvalConfig
+from llmjax.core.task import Params
+from llmjax.data.build import data_folder
+from llmjax.data.manifest import Manifest
+from llmjax.data.tokenizer import Tokenizer
+from llmjax.evals import bits
+from llmjax.evals.run import read_holdout
+from llmjax.models import flops
+from llmjax.models.decoder import Model
+from llmjax.serve.engine import Engine
+from llmjax.serve.sampling import SamplingParams
 from llmjax.track.carbon import CarbonMeter
+from llmjax.track.lineage import trace
 from llmjax.track.logbook import Logbook
 from llmjax.track.metrics import open_writers
-from llmjax.track.progress import ProgressLine
+from llmjax.track.progress import ProgressLine, Stages
+from llmjax.track.report import write_report
+from llmjax.track.run import FILE as RESULTS
 from llmjax.train import loop
 from llmjax.train.state import TrainState
-
-RESULTS = "results.json"
 
 
 class Session:
@@ -42,6 +55,9 @@ class Session:
         """Restore or start, and run the loop to its last step."""
         state = loop.start(run)
         first = int(state.step)
+        manifest = data_folder(self._config.data, self._workdir) / "manifest.json"
+        trace(self._config, tokenizer_hash=run.meta["tokenizer_hash"],
+              data_hash=Manifest.load(manifest.parent).hash if manifest.exists() else "").save(self._workdir)
         self._logbook.enter("resume" if first else "start", f"at step {first:,} of {run.last_step:,} on "
                             f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(run.mesh.shape)}")
         if first >= run.last_step:
@@ -57,7 +73,54 @@ class Session:
         self._logbook.enter("end", f"step {run.last_step:,} after {time.monotonic() - began:.0f} s of this process")
         return state
 
-    def describe(self, run: loop.Run, state: TrainState) -> None:
-        """Evaluate held-out documents, draw, sample, write the card and the report."""
-        results: dict[str, float] = {}
-        (self._workdir / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    def describe(self, run: loop.Run, state: TrainState, tokenizer: Tokenizer) -> None:
+        """Evaluate held-out documents, sample a completion, draw the curves, write the card; print what counts."""
+        config = self._config
+        params = jax.device_get(state.params)  # whole arrays: what follows runs on one device
+        results: dict[str, Any] = {"steps": run.last_step, "num_params": flops.num_params(run.model.config),
+                                   "device": f"{jax.device_count()} {jax.devices()[0].device_kind}"}
+        holdout = data_folder(config.data, self._workdir) / "holdout.parquet"
+        if holdout.exists():
+            results |= _held_out(read_holdout(holdout), run.model, params, tokenizer, config.eval,
+                                 config.eval.seq_len or config.data.seq_len)
+        if config.eval.prompt:
+            results["sample"] = _sample(config.eval.prompt, Engine(run.model, params, tokenizer=tokenizer), tokenizer)
+        write_json(self._workdir / RESULTS, results)
+        self._carbon.stop()
+        written = write_report(self._workdir)
+        self._logbook.enter("evaluation", ", ".join(f"{name} {value:.4g}" for name, value in results.items()
+                                                    if isinstance(value, float)))
+        print("\n".join([*_lines(results), "written: " + ", ".join(map(str, written))]))
+
+
+def _lines(results: dict[str, Any]) -> list[str]:
+    """The results as a person wants to read them at the end of a run."""
+    lines = []
+    if "bits_per_byte" in results:
+        lines.append(f"held-out bits per byte {results['bits_per_byte']:.4f} ({results['held_out_documents']} documents)")
+    if "gzip_bits_per_byte" in results:
+        lines.append(f"gzip -9, file by file   {results['gzip_bits_per_byte']:.4f} "
+                     f"({1 - results['bits_per_byte'] / results['gzip_bits_per_byte']:+.1%} saved)")
+    if "sample" in results:
+        lines.append(f"a completion:\n{textwrap.indent(results['sample'], '    ')}")
+    return lines
+
+
+def _held_out(documents: list[bits.Document], model: Model, params: Params, tokenizer: Tokenizer,
+              config: EvalConfig, seq_len: int) -> dict[str, Any]:
+    """Bits per byte and perplexity of whole documents, beside a file compressor's."""
+    stages = Stages("eval")
+    scored = bits.score_documents(model, params, documents, tokenizer=tokenizer, seq_len=seq_len, stride=config.stride,
+                                  on_batch=lambda done, total: stages("held-out", done / (total + 1)))
+    results = {"held_out_documents": len(documents), "held_out_bytes": scored.num_bytes,
+               "bits_per_byte": scored.bits_per_byte, "perplexity": scored.perplexity}
+    if config.compare == "gzip":
+        results["gzip_bits_per_byte"] = bits.compressed_bits_per_byte([d.text for d in documents], "gzip")
+    stages("held-out", 1.0, f"{scored.num_bytes:,} bytes in {len(documents)} documents")
+    return results
+
+
+def _sample(prompt: str, engine: Engine, tokenizer: Tokenizer) -> str:
+    """A completion of the prompt, nucleus-sampled so that a small model does not loop."""
+    params = SamplingParams(max_new_tokens=96, temperature=0.7, top_p=0.9, seed=0)
+    return prompt + engine.generate([tokenizer.bos_id, *tokenizer.encode(prompt)], params).text

@@ -85,14 +85,14 @@ def test_examples_of_the_corpus_teach_the_code_and_nothing_else(
     parent: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     task = sft.make_task(child(parent, "sft"), workdir=tmp_path / "run", tokenizer=tokenizer)
-    batch = next(task.batches(0))
+    batch = next(task.batches(start_step=0))
     assert batch["tokens_BT"].shape == (2, 128)
     text = learnt_text(batch, tokenizer, suffix="BT")
     assert "return width * height" in text or "box.shut()" in text
     assert "Write the Python function" not in text
     assert "Write the Python function" in tokenizer.decode(batch["tokens_BT"].ravel())
     again = sft.make_task(child(parent, "sft"), workdir=tmp_path / "other", tokenizer=tokenizer)
-    jax.tree.map(np.testing.assert_array_equal, batch, next(again.batches(0)))
+    jax.tree.map(np.testing.assert_array_equal, batch, next(again.batches(start_step=0)))
 
 
 def test_pairs_come_from_the_grandparents_corpus(parent: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -102,7 +102,7 @@ def test_pairs_come_from_the_grandparents_corpus(parent: Path, tmp_path: Path, t
     reference = {"w": np.zeros(1)}
     task = dpo.make_task(child(middle, "dpo"), workdir=tmp_path / "run", tokenizer=tokenizer, reference=reference)
     assert task.frozen == {"reference": reference}
-    batch = next(task.batches(0))
+    batch = next(task.batches(start_step=0))
     assert batch["tokens_BPT"].shape == (2, 2, 128)
     chosen, rejected = (tokenizer.decode(batch["tokens_BPT"][0, p]) for p in (0, 1))
     assert chosen != rejected and chosen[:30] == rejected[:30]
@@ -113,7 +113,7 @@ def test_named_files_are_read(parent: Path, tmp_path: Path, tokenizer: Tokenizer
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": messages}) + "\n")
     config = child(parent, "sft", sources=str(path), batch_size=1)
-    batch = next(sft.make_task(config, workdir=tmp_path / "run", tokenizer=tokenizer).batches(0))
+    batch = next(sft.make_task(config, workdir=tmp_path / "run", tokenizer=tokenizer).batches(start_step=0))
     assert learnt_text(batch, tokenizer, suffix="BT").strip() == "box.shut()"
 
 

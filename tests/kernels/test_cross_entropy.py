@@ -1,0 +1,52 @@
+"""Chunked linear cross-entropy against the plain reference and torch."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax.kernels.cross_entropy import api, reference, xla
+
+
+def inputs(num_tokens: int = 24) -> tuple[jax.Array, jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    return (jax.random.normal(keys[0], (num_tokens, 16)), jax.random.normal(keys[1], (16, 40)),
+            jax.random.randint(keys[2], (num_tokens,), 0, 40))
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3, 24])
+def test_values_and_gradients_equal_the_reference(num_chunks: int) -> None:
+    x_TD, w_DV, targets_T = inputs()
+    cotangent_T = jax.random.normal(jax.random.key(1), targets_T.shape)
+    ours, pull = jax.vjp(lambda x, w: xla.linear_cross_entropy(x, w, targets_T, num_chunks).nll_T, x_TD, w_DV)
+    plain, plain_pull = jax.vjp(lambda x, w: reference.linear_cross_entropy(x, w, targets_T), x_TD, w_DV)
+    np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+    for grad, wanted in zip(pull(cotangent_T), plain_pull(cotangent_T), strict=True):
+        np.testing.assert_allclose(grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_log_z_is_differentiable_too() -> None:
+    x_TD, w_DV, targets_T = inputs()
+
+    def z_loss(x_TD: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(api.linear_cross_entropy(x_TD, w_DV, targets_T).log_z_T))
+
+    plain = jax.grad(lambda x: jnp.sum(jnp.square(jax.nn.logsumexp(x @ w_DV, axis=-1))))(x_TD)
+    np.testing.assert_allclose(jax.grad(z_loss)(x_TD), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_equals_torch() -> None:
+    torch = pytest.importorskip("torch")
+    x_TD, w_DV, targets_T = inputs()
+    logits = torch.tensor(np.asarray(x_TD)) @ torch.tensor(np.asarray(w_DV))
+    wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(np.asarray(targets_T)).long(), reduction="none")
+    np.testing.assert_allclose(api.linear_cross_entropy(x_TD, w_DV, targets_T).nll_T, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_are_equal_and_small_enough() -> None:
+    for num_tokens, vocab_size in ((1, 10), (4096, 8192), (16384, 128256), (7, 10**9)):
+        chunks = api.num_chunks(num_tokens, vocab_size)
+        assert num_tokens % chunks == 0
+        assert chunks == num_tokens or num_tokens // chunks * vocab_size * 4 <= api.CHUNK_BYTES
