@@ -1,6 +1,5 @@
 """An exported tokenizer gives our ids: `transformers` is the oracle."""
 
-import os
 import random
 from pathlib import Path
 
@@ -72,20 +71,12 @@ def test_the_export_reads_back_as_a_tokenizer(pair):
     assert again.encode("a</s>", specials="parse") == ours.encode("a</s>", specials="parse")
 
 
-def books() -> list[Path]:
-    for folder in (os.environ.get("LLMJAX_DATA"), Path(__file__).parents[3] / "shared" / "data"):
-        if folder and Path(folder).is_dir():
-            return sorted((Path(folder) / "books").glob("*.txt"))
-    return []
-
-
-@pytest.mark.skipif(not books(), reason="needs books: set LLMJAX_DATA")
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_same_ids_on_books_in_three_languages(kind, tmp_path):
-    texts = [book.read_bytes()[:150_000].decode("utf-8" if "latin1" not in book.name else "latin-1", "replace")
-             for book in books()]  # fmt: skip
-    sample = [text[::1][:20_000] for text in texts]
-    ours = train_tokenizer(sample, TokenizerConfig(kind=kind, vocab_size=1024), tmp_path / "ours")
+def test_same_ids_on_books_in_three_languages(kind, data_dir, tmp_path):
+    books = sorted((data_dir / "books").glob("*.txt"))
+    texts = [book.read_text("latin-1" if "latin1" in book.name else "utf-8", "replace")[:150_000] for book in books]
+    config = TokenizerConfig(kind=kind, vocab_size=1024)
+    ours = train_tokenizer([text[:20_000] for text in texts], config, tmp_path / "ours")
     export_tokenizer(tmp_path / "ours", tmp_path / "out")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     expected = [ids.tolist() for ids in ours.encode_batch(texts)]
