@@ -22,6 +22,8 @@ BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s16": 16, "u16": 16
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _OPCODE = re.compile(r" = (?P<type>.+?) (?P<opcode>[a-z][a-z\-]*)\(")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r" constant\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,{}]*)\}\}|\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?)")
@@ -51,7 +53,9 @@ class Instruction:
     opcode: str
     type: str
     called: tuple[str, ...]
-    trips: int
+    condition: str  # of a loop
+    known_trips: int  # of a loop, 0 where the program does not say
+    constant: int
     groups: Groups | None
 
 
@@ -64,7 +68,7 @@ def count_collectives(program: str, mesh: Mesh) -> tuple[Collective, ...]:
         group_size = max(map(len, instruction.groups), default=mesh.size) if instruction.groups else mesh.size
         if kind not in KINDS or group_size == 1:
             continue
-        size = _largest_array(instruction.type) * (group_size if kind == "reduce-scatter" else 1)
+        size = _num_bytes(instruction.opcode, instruction.type) * (group_size if kind == "reduce-scatter" else 1)
         axis = axis_of.get(instruction.groups, "") if instruction.groups else ""
         total = totals[kind, axis, in_async or instruction.opcode.endswith("-start")]
         total[0] += times
@@ -81,9 +85,11 @@ def parse(program: str) -> tuple[str, dict[str, list[Instruction]]]:
             current = computations[header[2]] = []
             entry = header[2] if header[1] else entry
         elif match := _OPCODE.search(line):
-            trips = _TRIPS.search(line)
-            current.append(Instruction(match["opcode"], match["type"], tuple(_CALLED.findall(line)),
-                                       int(trips[1]) if trips else 1, _groups(line)))  # fmt: skip
+            condition = _CONDITION.search(line)
+            current.append(Instruction(
+                match["opcode"], match["type"], called=tuple(_CALLED.findall(line)),
+                condition=condition[1] if condition else "", known_trips=_integer(_TRIPS, line),
+                constant=_integer(_CONSTANT, line), groups=_groups(line)))  # fmt: skip
     assert entry, "an HLO module has an entry computation"
     return entry, computations
 
@@ -97,16 +103,29 @@ def _executed(entry: str, computations: dict[str, list[Instruction]]) -> Iterato
             yield instruction, times, in_async
             if instruction.opcode in ("async-done", "async-update"):
                 continue  # name the computation that async-start has started
-            inner = times * (instruction.trips if instruction.opcode == "while" else 1)
+            inner = times * (_trips(instruction, computations) if instruction.opcode == "while" else 1)
             starts = in_async or instruction.opcode == "async-start"
             pending += [(called, inner, starts) for called in instruction.called]
 
 
-def _largest_array(type_: str) -> int:
-    """Bytes of the largest array in a type; the start of a collective returns operand and result in a tuple."""
+def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
+    """How often a loop runs: as the program says, else the constant that its counter, from 0, is compared with."""
+    bounds = [instruction.constant for instruction in computations.get(loop.condition, ())]
+    return loop.known_trips or max(bounds, default=0) or 1
+
+
+def _num_bytes(opcode: str, type_: str) -> int:
+    """Bytes of all results of a collective, which may combine several arrays."""
     sizes = [BITS.get(dtype, 0) // 8 * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims
              in _ARRAY.findall(type_)]  # fmt: skip
-    return max(sizes, default=0)
+    if opcode in ("all-gather-start", "reduce-scatter-start"):
+        return sum(sizes[len(sizes) // 2 :])  # operands come first
+    return max(sizes) if opcode == "collective-permute-start" else sum(sizes)
+
+
+def _integer(pattern: re.Pattern[str], line: str) -> int:
+    match = pattern.search(line)
+    return int(match[1]) if match else 0
 
 
 def _groups(line: str) -> Groups | None:

@@ -7,6 +7,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
+import llmjax
 from llmjax.core.sections import Config
 from llmjax.models.flops import flops_per_token, num_params, peak_flops
 from llmjax.plan.collectives import Collective, count_collectives
@@ -63,7 +64,8 @@ def make_plan(config: Config, topology: Topology, compiled: CompiledStep) -> Pla
         collectives=count_collectives(compiled.executable.as_text(), compiled.mesh),
         lower_seconds=round(compiled.lower_seconds, 2),
         compile_seconds=round(compiled.compile_seconds, 2),
-        versions={name: importlib.metadata.version(name) for name in ("llmjax", "jax", "jaxlib", "libtpu")},
+        versions={"llmjax": llmjax.__version__}
+        | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
     )
 
 

@@ -17,8 +17,10 @@ from llmjax.core.errors import ConfigError, RunError
 if TYPE_CHECKING:
     import jax
 
-# What libtpu needs to know before it loads: there is no metadata server to ask, and others may have it loaded too.
-ENVIRONMENT = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# What libtpu needs to know before it loads: there is no metadata server to ask, and others may have it loaded too. The
+# accelerator type only spares us a warning; topologies are asked for by name.
+ENVIRONMENT = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+               "TPU_ACCELERATOR_TYPE": "v5p-8"}  # fmt: skip
 GIB = 2**30
 
 
