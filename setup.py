@@ -24,11 +24,12 @@ CORE = [
     "clu>=0.0.12",
     "numpy>=2.1",
     "sentencepiece>=0.2.1",
+    "protobuf>=5",
     "tokenizers>=0.22",
     "jinja2>=3.1",
     "pyarrow>=20",
     "xxhash>=3.5",
-    "safetensors>=0.6",
+    "safetensors>=0.8",
     "matplotlib>=3.9",
     "psutil>=6",
 ]

@@ -31,13 +31,17 @@ FIXED = {
     "quantization_config": None,
 }
 
-LLAMA3_FIELDS = (
-    ("factor", "factor"),
-    ("low_freq_factor", "low_freq_factor"),
-    ("high_freq_factor", "high_freq_factor"),
-    ("original_max_position_embeddings", "original_seq_len"),
-)
 ROPE_KINDS: dict[str, Literal["none", "linear", "llama3"]] = {"default": "none", "linear": "linear", "llama3": "llama3"}
+ROPE_FIELDS: dict[str, tuple[tuple[str, str], ...]] = {
+    "none": (),
+    "linear": (("factor", "factor"),),
+    "llama3": (
+        ("factor", "factor"),
+        ("low_freq_factor", "low_freq_factor"),
+        ("high_freq_factor", "high_freq_factor"),
+        ("original_max_position_embeddings", "original_seq_len"),
+    ),
+}
 
 
 def to_ours(theirs: Mapping[str, Any], *, dtype: str) -> ModelConfig:
@@ -69,7 +73,9 @@ def to_theirs(model: ModelConfig) -> dict[str, Any]:
         ConfigError: sizes that transformers refuses.
     """
     if model.dim % model.num_heads:
-        raise ConfigError(f"model.dim={model.dim}: transformers' Llama needs a multiple of model.num_heads={model.num_heads}")
+        raise ConfigError(
+            f"model.dim={model.dim}: transformers' Llama needs a multiple of model.num_heads={model.num_heads}"
+        )
     rope = _rope_to_theirs(model.rope_scaling)
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -116,15 +122,13 @@ def _rope(theirs: Mapping[str, Any]) -> dict[str, Any]:
 def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_KINDS:
-        raise ConfigError(f"config.json: rope_type is {kind!r}; only {', '.join(map(repr, ROPE_KINDS))} can be imported")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}; only 1.0 can be imported")
-    fields = {"none": (), "linear": LLAMA3_FIELDS[:1], "llama3": LLAMA3_FIELDS}[ROPE_KINDS[kind]]
-    values = {ours: _get(rope, name, _REQUIRED) for name, ours in fields}
+        raise ConfigError(f"config.json: rope_type is {kind!r}; one of {', '.join(map(repr, ROPE_KINDS))} is needed")
+    if (share := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ConfigError(f"config.json: partial_rotary_factor is {share}; only 1.0 can be imported")
+    values = {ours: _get(rope, name, _REQUIRED) for name, ours in ROPE_FIELDS[ROPE_KINDS[kind]]}
     return RopeScaling(kind=ROPE_KINDS[kind], **values)
 
 
 def _rope_to_theirs(scaling: RopeScaling) -> dict[str, Any]:
     kind = next(theirs for theirs, ours in ROPE_KINDS.items() if ours == scaling.kind)
-    fields = {"none": (), "linear": LLAMA3_FIELDS[:1], "llama3": LLAMA3_FIELDS}[scaling.kind]
-    return {"rope_type": kind, **{name: getattr(scaling, ours) for name, ours in fields}}
+    return {"rope_type": kind, **{name: getattr(scaling, ours) for name, ours in ROPE_FIELDS[scaling.kind]}}

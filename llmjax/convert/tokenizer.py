@@ -1,4 +1,4 @@
-"""Our SentencePiece models as the `tokenizer.json` of Hugging Face's `tokenizers`, giving the same ids on every text."""
+"""Our SentencePiece models as the `tokenizer.json` of Hugging Face's `tokenizers`: the same ids on every text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.data.tokenizer import (
-    CONFIG_FILE, CUT_PATTERNS, HUGGINGFACE_FILE, SENTENCEPIECE_FILE, SPACE_MARK, SPECIAL_PIECES, Tokenizer,
+    CONFIG_FILE,
+    CUT_PATTERNS,
+    HUGGINGFACE_FILE,
+    SENTENCEPIECE_FILE,
+    SPACE_MARK,
+    SPECIAL_PIECES,
+    Tokenizer,
     model_kind,
 )  # fmt: skip
 

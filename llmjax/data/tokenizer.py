@@ -1,4 +1,4 @@
-"""Text to token ids and back, exactly: SentencePiece models of our own, Hugging Face `tokenizers` ones from elsewhere."""
+"""Text to token ids and back, exactly: SentencePiece models of our own, `tokenizer.json` ones from elsewhere."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Training of SentencePiece models (Kudo and Richardson, 2018) on words cut so that code compresses well.
 
-The words come from our own cutting, counted, because SentencePiece's trainer allows neither a tab in a piece nor a space
-at its end: here a line break takes the punctuation before it and the indentation and word after it, `):\\n    return`.
-Stand-ins from the private use area carry spaces, breaks and tabs past the trainer and are put back in the model.
+The words come from our own cutting, counted, because SentencePiece's trainer allows neither a tab in a piece nor a
+space at its end: here a line break takes the punctuation before it and the indentation and word after it,
+`):\\n    return`. Stand-ins from the private use area carry spaces, breaks and tabs past the trainer and are put back
+in the model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llmjax.core.errors import ConfigError, RunError
+from llmjax.core.errors import ConfigError, LlmjaxError, RunError
 from llmjax.core.sections import TokenizerConfig
 
 _STAND_INS = {" ": "\ue000", "\n": "\ue001", "\t": "\ue002"}
@@ -45,7 +46,7 @@ def train_model(texts: Iterable[str], config: TokenizerConfig) -> bytes:
 
 
 def sample(texts: Iterable[str], *, max_chars: int) -> list[str]:
-    """Pieces of texts up to a total length: those with the smallest hashes, so that neither order nor chance matters."""
+    """Pieces of texts up to a total length: those with the smallest hashes, so neither order nor chance matters."""
     heap: list[tuple[bytes, str]] = []  # hashes are inverted: the root is the piece to give up first
     total = 0
     for piece in _pieces(texts):
@@ -106,13 +107,18 @@ def _train(words: dict[str, int], config: TokenizerConfig) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ConfigError(f"tokenizer.vocab_size is {config.vocab_size}: SentencePiece says {_reason(error)}") from error
+        raise _explained(error, config) from error
     return out.getvalue()
 
 
-def _reason(error: RuntimeError) -> str:
-    """The last sentence of a SentencePiece error, without the place in its source."""
-    return str(error).splitlines()[-1].split("] ")[-1].strip()
+def _explained(error: RuntimeError, config: TokenizerConfig) -> LlmjaxError:
+    """What SentencePiece says, without the place in its source."""
+    if too_small := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+        return ConfigError(
+            f"tokenizer.vocab_size={config.vocab_size}: at least {too_small[1]} is needed, for every byte and for the "
+            "characters of this corpus"
+        )
+    return RunError(f"SentencePiece cannot train on this corpus: {str(error).splitlines()[-1].split('] ')[-1]}")
 
 
 def _finish(serialised: bytes, config: TokenizerConfig) -> bytes:

@@ -13,9 +13,11 @@ from llmjax.core.sections import TokenizerConfig
 from llmjax.data import tokenizer_train
 from llmjax.data.tokenizer import Tokenizer, train_tokenizer
 
-CORPUS = [Path(tokenizer_train.__file__).read_text("utf-8"), "\tif x:\n\t\ty = 1\n" * 9, "aaab ababab   abab aa\n\n\n" * 9]
-HARD = ["", " ", "  a  ", "\x00", "a\u2581 b\u2581\u2581", "</s><s><unk><pad><0x0A>", "<0x0", "\r\n\t\x0b", "\ufeff\ufffd",
-        "\u2585", "e\u0301\ufb01", "\ue000\ue001", "\U0001f600\u4e00", " \u2047 ", "<<s>>", "<|end|>"]  # fmt: skip
+SOURCE = Path(tokenizer_train.__file__).read_text("utf-8")
+CORPUS = [SOURCE, "\tif x:\n\t\ty = 1\n" * 9, "aaab ababab   abab aa\n\n\n" * 9]
+HARD = ["", " ", "  a  ", "\x00", "a\u2581 b\u2581\u2581", "</s><s><unk><pad><0x0A>", "<0x0", "\r\n\t\x0b", "\ufeff",
+        "\ufffd", "\u2585",
+        "e\u0301\ufb01", "\ue000\ue001", "\U0001f600\u4e00", " \u2047 ", "<<s>>", "<|end|>"]  # fmt: skip
 TEXTS = st.one_of(st.text(), st.text("ab \n\t\u2581<>/s0x4F_:)"), st.sampled_from(CORPUS + HARD))
 
 
