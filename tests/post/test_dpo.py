@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from llmjax.core.sections import TaskConfig
-from llmjax.models.decoder import abstract_model
+from llmjax.core.mesh import make_mesh, single_device_mesh
+from llmjax.core.sections import MeshConfig, TaskConfig
+from llmjax.models.decoder import abstract_model, init_params
 from llmjax.post.dpo import make_loss, preference_loss
+from llmjax.train.step import make_loss_and_grad, put_batch
 from tests.post.tiny import CONFIG, assert_same_gradients, hf_llama, to_ours
 
 BETA = 0.3
@@ -87,6 +90,25 @@ def test_loss_and_gradients_equal_trls(tmp_path: Path) -> None:
     for name, total in out.metrics.items():
         assert float(total / out.weight) == pytest.approx(theirs[name][0], rel=1e-4, abs=1e-6), name
     assert_same_gradients(grads, to_ours({name: param.grad for name, param in policy.named_parameters()}))
+
+
+def test_sharded_pairs_give_the_losses_and_gradients_of_one_device() -> None:
+    pairs = [*PAIRS, ([2], [3, 4, 5], [6])]
+    model, loss = abstract_model(CONFIG), make_loss(TaskConfig(name="dpo", beta=BETA), remat="full")
+    loss_and_grad = make_loss_and_grad(model, loss, num_microbatches=1)
+    batch = {name: np.asarray(array) for name, array in our_batch(pairs, seq_len=8).items()}
+
+    def run(mesh: Mesh) -> Any:
+        with jax.set_mesh(mesh):
+            params, reference = (init_params(CONFIG, jax.random.key(seed), mesh) for seed in (0, 1))
+            out = jax.jit(loss_and_grad)(params, {"reference": reference}, put_batch(batch, mesh), jax.random.key(0))
+            return jax.device_get(out)
+
+    alone, alone_grads = run(single_device_mesh())
+    spread, spread_grads = run(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), spread, alone)
+    assert float(alone.weight) == len(pairs)
+    assert_same_gradients(spread_grads, alone_grads)
 
 
 def test_a_policy_that_is_the_reference_starts_at_log_two() -> None:
