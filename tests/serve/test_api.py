@@ -256,7 +256,7 @@ MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "
                                  "content": st.text(max_size=8) | JSON})
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(body=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4) | st.fixed_dictionaries(
     {"messages": st.lists(MESSAGE, max_size=3)}) | st.fixed_dictionaries({"prompt": st.text(max_size=8)}) | JSON,
        path=st.sampled_from(["completions", "chat/completions"]))

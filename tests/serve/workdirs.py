@@ -15,7 +15,7 @@ from llmjax.models import decoder
 from llmjax.train.checkpoint import save_params
 from tests.serve.tiny import CONFIG
 
-WORDS = ("def", "return", "self", "import", "from", "class", "if", "else", "for", "in", "while", "try", "except", "with")
+WORDS = ("def", "return", "self", "import", "from", "class", "if", "else", "for", "in", "while", "try", "except")
 TEXTS = [f"{a} {b}({c}):\n    {c} = {a}\n" for a in WORDS for b in WORDS for c in WORDS[:3]]
 
 
