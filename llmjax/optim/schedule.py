@@ -50,7 +50,7 @@ def cosine(progress: jax.Array, config: OptimConfig) -> jax.Array:
 
 
 def wsd(progress: jax.Array, config: OptimConfig) -> jax.Array:
-    """Warm-up, stable, decay (Hu et al. 2024): the peak, then in the last `decay_fraction` straight to `end_fraction`."""
+    """Warm-up, stable, decay (Hu et al. 2024): the peak, in the last `decay_fraction` straight to `end_fraction`."""
     falling = (1 - progress) / max(config.decay_fraction, 1e-9)
     return config.end_fraction + (1 - config.end_fraction) * jnp.minimum(falling, 1.0)
 

@@ -79,7 +79,9 @@ def count_collectives(program: str, mesh: Mesh) -> tuple[Collective, ...]:
 
 def parse(program: str) -> tuple[str, dict[str, list[Instruction]]]:
     """The entry computation's name, and the instructions of every computation."""
-    entry, computations, current = "", {}, []
+    entry = ""
+    computations: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
     for line in program.splitlines():
         if header := _COMPUTATION.match(line):
             current = computations[header[2]] = []

@@ -86,7 +86,7 @@ def abstract_step(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """A global batch of packed rows."""
     shape = (config.data.batch_size, config.data.seq_len)
-    dtypes = {name: jnp.int32 for name in INTEGERS} | {"weights_BT": jnp.float32}
+    dtypes = dict.fromkeys(INTEGERS, jnp.int32) | {"weights_BT": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
     specs = batch_specs(batch)
     return {
@@ -98,6 +98,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
 def hbm_bytes(compiled: CompiledStep, topology: Topology) -> HbmBytes:
     """What the compiler says of one chip's memory; chips of two devices hold twice a device's."""
     analysis = compiled.executable.memory_analysis()
+    assert analysis, "the TPU compiler always has one"
     devices = topology.chip.devices_per_chip
     kinds = ("argument", "output", "temp", "alias")
     sizes = {kind: devices * getattr(analysis, f"{kind}_size_in_bytes") for kind in kinds}

@@ -49,6 +49,8 @@ def make_plan(config: Config, topology: Topology, compiled: CompiledStep) -> Pla
     """Everything that a compiled step tells."""
     tokens = config.data.batch_size * config.data.seq_len
     flops = flops_per_token(config.model, config.data.seq_len) * tokens / topology.num_chips
+    program = compiled.executable.as_text()
+    assert program, "the TPU compiler prints its program"
     device_peak = peak_flops(topology.devices[0].device_kind)
     assert device_peak, f"no peak known for {topology.devices[0].device_kind}"
     return Plan(
@@ -61,7 +63,7 @@ def make_plan(config: Config, topology: Topology, compiled: CompiledStep) -> Pla
         hbm_bytes_per_chip=hbm_bytes(compiled, topology),
         model_flops_per_chip=flops,
         seconds_at_peak=flops / (device_peak * topology.chip.devices_per_chip),
-        collectives=count_collectives(compiled.executable.as_text(), compiled.mesh),
+        collectives=count_collectives(program, compiled.mesh),
         lower_seconds=round(compiled.lower_seconds, 2),
         compile_seconds=round(compiled.compile_seconds, 2),
         versions={"llmjax": llmjax.__version__}

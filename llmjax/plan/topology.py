@@ -74,13 +74,14 @@ def load(name: str) -> Topology:
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
+    hosts = tuple(min(size, bound) for size, bound in zip((*dims, 1)[:3], (2, 2, 1), strict=True))
     wraps = all(size % chip.wrap_multiple == 0 for size in dims)
     try:
         description = topologies.get_topology_desc(
             topology_name=name,
             platform="tpu",
             chip_config_name="megacore" if chip.megacore else "default",
-            chips_per_host_bounds=tuple(min(size, bound) for size, bound in zip((*dims, 1)[:3], (2, 2, 1), strict=True)),
+            chips_per_host_bounds=hosts,
             num_slices=1,
             wrap=(wraps,) * len(dims) + (False,) * (3 - len(dims)),
         )

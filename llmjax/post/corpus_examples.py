@@ -72,8 +72,9 @@ def write_jsonl(examples: Iterable[dict[str, Any]], path: Path) -> int:
     partial = path.with_suffix(".partial")
     count = 0
     with partial.open("w", encoding="utf-8") as file:
-        for count, example in enumerate(examples, start=1):
+        for example in examples:
             file.write(json.dumps(example, ensure_ascii=False) + "\n")
+            count += 1
     partial.replace(path)
     return count
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from llmjax.post.corpus_examples import read_texts, write_jsonl
 CORPUS = "corpus"  # the value of data.sources that asks for examples made from the corpus
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
-Maker = Callable[[Iterable[str]], Iterator[Mapping[str, Any]]]
+Maker = Callable[[Iterable[str]], Iterator[dict[str, Any]]]
 
 
 def example_files(config: Config, workdir: Path, *, make: Maker) -> list[Path]:

@@ -76,8 +76,10 @@ def test_loss_and_gradients_equal_trls(tmp_path: Path) -> None:
     their_loss = trainer.compute_loss(trainer.model, trl_batch(PAIRS))
     their_loss.backward()
 
-    params, frozen = to_ours(dict(policy.named_parameters())), {"reference": to_ours(dict(reference.named_parameters()))}
-    model, loss, batch = abstract_model(CONFIG), make_loss(TaskConfig(name="dpo", beta=BETA), remat="none"), our_batch(PAIRS, seq_len=9)
+    params = to_ours(dict(policy.named_parameters()))
+    frozen = {"reference": to_ours(dict(reference.named_parameters()))}
+    model, batch = abstract_model(CONFIG), our_batch(PAIRS, seq_len=9)
+    loss = make_loss(TaskConfig(name="dpo", beta=BETA), remat="none")
 
     def mean_loss(params: Any) -> tuple[jax.Array, Any]:
         out = loss(model, params, frozen, batch, jax.random.key(0))
