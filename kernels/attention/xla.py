@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 MASKED = -1e30  # finite, so that a row that sees nothing gives zeros and not NaN
 MIN_BLOCK = 128
@@ -92,8 +93,8 @@ def _backward(residuals: tuple, dout_BTNH: jax.Array) -> tuple[jax.Array, jax.Ar
     delta = dout_BKGTH.astype(jnp.float32) * _grouped(out_BTNH, K).astype(jnp.float32)
     delta_BKGT1 = jnp.sum(delta, axis=-1, keepdims=True)
     dqs = []
-    dk_BKTH = jnp.zeros(k_BKTH.shape, jnp.float32)  # summed over blocks in float32
-    dv_BKTH = jnp.zeros(v_BKTH.shape, jnp.float32)
+    dk_BKHT = jnp.zeros(k_BKTH.swapaxes(2, 3).shape, jnp.float32)  # summed over blocks in float32
+    dv_BKHT = jnp.zeros(v_BKTH.swapaxes(2, 3).shape, jnp.float32)
     for block in _blocks(T):
         q, dout, seen = q_BKGTH[:, :, :, block], dout_BKGTH[:, :, :, block], slice(0, block.stop)
         k, v = k_BKTH[:, :, seen], v_BKTH[:, :, seen]
@@ -101,13 +102,17 @@ def _backward(residuals: tuple, dout_BTNH: jax.Array) -> tuple[jax.Array, jax.Ar
         weights = jnp.where(_visible(segment_ids_BT, block), weights, 0.0)
         dscores = (weights * (_scores(dout, v) - delta_BKGT1[:, :, :, block])).astype(q.dtype)
         dqs.append(jnp.einsum("BKGCS,BKSH->BKGCH", dscores, k, preferred_element_type=jnp.float32))
-        dk_BKTH = dk_BKTH.at[:, :, seen].add(jnp.einsum("BKGCS,BKGCH->BKSH", dscores, q,
-                                                        preferred_element_type=jnp.float32))
-        dv_BKTH = dv_BKTH.at[:, :, seen].add(jnp.einsum("BKGCS,BKGCH->BKSH", weights.astype(dout.dtype), dout,
-                                                        preferred_element_type=jnp.float32))
+        dk_BKHT = dk_BKHT.at[:, :, :, seen].add(_over_queries(q, dscores))
+        dv_BKHT = dv_BKHT.at[:, :, :, seen].add(_over_queries(dout, weights.astype(dout.dtype)))
     dq_BTNH = _ungrouped(jnp.concatenate(dqs, axis=3) * H**-0.5)
-    return (dq_BTNH.astype(q_BTNH.dtype), dk_BKTH.swapaxes(1, 2).astype(k_BTKH.dtype),
-            dv_BKTH.swapaxes(1, 2).astype(v_BTKH.dtype), None)
+    return (dq_BTNH.astype(q_BTNH.dtype), dk_BKHT.transpose(0, 3, 1, 2).astype(k_BTKH.dtype),
+            dv_BKHT.transpose(0, 3, 1, 2).astype(v_BTKH.dtype), None)
+
+
+def _over_queries(x_BKGCH: jax.Array, weights_BKGCS: jax.Array) -> jax.Array:
+    """Sum over heads of a group and queries, (B, K, H, S): in this order the large operand is not transposed."""
+    return lax.dot_general(x_BKGCH, weights_BKGCS, (((2, 3), (2, 3)), ((0, 1), (0, 1))),
+                           preferred_element_type=jnp.float32)
 
 
 _attention.defvjp(_forward, _backward)

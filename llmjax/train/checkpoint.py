@@ -137,11 +137,14 @@ def latest_step(folder: Path) -> int | None:
     return max(ocp.utils.checkpoint_steps(folder.absolute()), default=None) if folder.is_dir() else None
 
 
-def check_meta(meta: Mapping[str, Any], *, tokenizer_hash: str) -> None:
-    """Refuse (ConfigError) to go on from a checkpoint whose token ids mean something else."""
+def check_meta(meta: Mapping[str, Any], *, tokenizer_hash: str, data_hash: str | None = None) -> None:
+    """Refuse (ConfigError) to go on from a checkpoint whose token ids mean something else, or whose data changed."""
     if (saved := meta.get("tokenizer_hash")) != tokenizer_hash:
         raise ConfigError(f"the checkpoint was trained with tokenizer {saved}, this run has tokenizer "
                           f"{tokenizer_hash}: use the checkpoint's own tokenizer, or another workdir")
+    if data_hash is not None and (saved := meta.get("data_hash", "")) != data_hash:
+        raise ConfigError(f"the checkpoint was trained on data {saved or 'without a manifest'}, this run has data "
+                          f"{data_hash or 'without a manifest'}: use the data it began with, or another workdir")
 
 
 def _progress(state: TrainState) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Run:
     task: Task
     checkpointer: Checkpointer
     initial_params: Callable[[], Params]  # called when there is no checkpoint to go on from
-    meta: Meta  # saved with every checkpoint; its tokenizer_hash is checked on resume
+    meta: Meta  # saved with every checkpoint; tokenizer_hash and data_hash are checked on resume
     profile_folder: Path
 
     @property
@@ -59,7 +59,7 @@ def start(run: Run) -> TrainState:
         if run.checkpointer.latest_step() is not None:
             like = abstract_state(run.model.abstract_params(run.mesh), optimizer)
             restored = run.checkpointer.restore(like, mesh=run.mesh)
-            check_meta(restored.meta, tokenizer_hash=run.meta["tokenizer_hash"])
+            check_meta(restored.meta, tokenizer_hash=run.meta["tokenizer_hash"], data_hash=run.meta["data_hash"])
             return restored.state
         return jax.jit(functools.partial(init_state, optimizer=optimizer), donate_argnums=0)(run.initial_params())
 
@@ -163,6 +163,7 @@ class Reporter:
         if self._run.config.guard.nonfinite == "skip":
             self._progress.note(text)
             return
+        self._run.checkpointer.wait()
         saved = self._run.checkpointer.latest_step()
         kept = "nothing was saved yet" if saved is None else f"the checkpoint of step {saved:,} is untouched"
         raise RunError(f"{text}, {kept}: lower optim.learning_rate, or set guard.nonfinite=skip to go on")

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
     with train_report.Session(config, workdir) as session:
         prepared = prepare(config, workdir, tokenizer)
-        state = session.train(prepared)
+        with prepared.checkpointer:
+            state = session.train(prepared)
         session.describe(prepared, state, tokenizer)
     print(f"next: {_next_command(config, workdir)}")
     print(workdir)
@@ -96,7 +97,9 @@ def prepare(config: Config, workdir: Path, tokenizer: Tokenizer) -> Run:
     import jax
 
     from llmjax.core.mesh import make_mesh
+    from llmjax.data.build import data_folder
     from llmjax.models.decoder import abstract_model, init_params
+    from llmjax.track.lineage import versions
     from llmjax.train.checkpoint import Checkpointer, restore_params
     from llmjax.train.loop import Run
 
@@ -114,7 +117,19 @@ def prepare(config: Config, workdir: Path, tokenizer: Tokenizer) -> Run:
     checkpointer = Checkpointer(workdir / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
     return Run(config, model, mesh, task, checkpointer, profile_folder=workdir / "profile",
                initial_params=parent_params if config.train.init_from else fresh_params,
-               meta={"tokenizer_hash": tokenizer.hash, "config": configs.to_dict(config)})
+               meta={"tokenizer_hash": tokenizer.hash, "data_hash": _data_hash(data_folder(config.data, workdir)),
+                     "config": configs.to_dict(config), "versions": versions()})
+
+
+def _data_hash(folder: Path) -> str:
+    """The hash of a data folder whose files are the ones that were written; empty where there is none."""
+    from llmjax.data.manifest import FILE, Manifest
+
+    if not (folder / FILE).exists():
+        return ""
+    manifest = Manifest.load(folder)
+    manifest.verify()
+    return manifest.hash
 
 
 def _make_task(config: Config, workdir: Path, tokenizer: Tokenizer, parent_params: Callable[[], Params]) -> Task:

@@ -13,7 +13,6 @@ from llmjax.core.files import write_json
 from llmjax.core.sections import Config, EvalConfig
 from llmjax.core.task import Params
 from llmjax.data.build import data_folder
-from llmjax.data.manifest import Manifest
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.evals import bits
 from llmjax.evals.run import read_holdout
@@ -55,9 +54,8 @@ class Session:
         """Restore or start, and run the loop to its last step."""
         state = loop.start(run)
         first = int(state.step)
-        manifest = data_folder(self._config.data, self._workdir) / "manifest.json"
-        trace(self._config, tokenizer_hash=run.meta["tokenizer_hash"],
-              data_hash=Manifest.load(manifest.parent).hash if manifest.exists() else "").save(self._workdir)
+        hashes = {name: run.meta[name] for name in ("data_hash", "tokenizer_hash")}
+        trace(self._config, **hashes).save(self._workdir)
         self._logbook.enter("resume" if first else "start", f"at step {first:,} of {run.last_step:,} on "
                             f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(run.mesh.shape)}")
         if first >= run.last_step:
