@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 GAIN = 0.97
-FILES = ["config.json", "manifest.json", "metrics.jsonl", "logbook.md", "card.md", "loss.png", "report.html"]
+FILES = ["config.json", "data/manifest.json", "metrics.jsonl", "logbook.md", "card.md", "loss.png", "report.html"]
 
 
 def main(workdir: Path) -> None:

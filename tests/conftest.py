@@ -46,7 +46,7 @@ def data_dir() -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def command_env() -> dict[str, str]:
     """The environment for a command in a subprocess: this checkout first on the path, one device, the warm cache."""
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
