@@ -5,6 +5,7 @@ After Mitchell et al. 2019, "Model Cards for Model Reporting"; the head is the m
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,12 @@ def model_card(facts: Facts) -> str:
 
     config = facts.config
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    sources = facts.manifest.get("sources", [])
-    use = f"generate --workdir={facts.workdir} --prompt='{config.eval.prompt or 'def '}'"
+    provenance = [source for source in facts.manifest.get("sources", []) if source["provenance"] != source["name"]]
+    use = f"generate --workdir={facts.workdir} --prompt={shlex.quote(config.eval.prompt or 'def ')}"
     return environment.from_string(TEMPLATE).render(
         config=config, task=config.task.name, what=WHAT[config.task.name], manifest=facts.manifest,
         results={"sample": ""} | facts.results, footprint=facts.footprint, workdir=facts.workdir, use=use,
-        parent=facts.lineage and facts.lineage.parent, provenance=sources, model_rows=model_rows(facts),
+        parent=facts.lineage and facts.lineage.parent, provenance=provenance, model_rows=model_rows(facts),
         training_rows=training_rows(facts), result_rows=result_rows(facts.results), lineage_rows=lineage_rows(facts),
         limits=f"{LIMITS[config.task.name]} {ALWAYS}", count=lambda number: f"{number:,}", duration=duration,
         fenced=fenced(facts.results.get("sample", "")))

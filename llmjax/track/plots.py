@@ -61,7 +61,7 @@ def sweep_chart(names: Sequence[str], values: Sequence[float], *, label: str, wi
     places = np.arange(len(names))[::-1]
     axes.scatter(values, places, s=46, color=[TRAIN, *[HELD_OUT] * (len(names) - 1)], zorder=3)
     for place, value in zip(places, values, strict=True):
-        axes.annotate(f"{value:.4g}", (value, place), xytext=(8, 0), textcoords="offset points", va="center")
+        axes.annotate(f"{value:.4f}", (value, place), xytext=(8, 0), textcoords="offset points", va="center")
     axes.set_yticks(places, names)
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.margins(x=0.12)
@@ -98,7 +98,7 @@ def _label_ends(axes: Axes, labels: Sequence[_Label]) -> None:
     """Name the curves at their ends; where two ends are close, one name goes above and one below."""
     ordered = sorted((label for label in labels if np.isfinite(label.value)), key=lambda label: label.value)
     for rank, label in enumerate(ordered):
-        above = rank > 0 or len(ordered) == 1
+        above = rank > 0  # a curve alone has its name below: it falls
         axes.annotate(f"{label.text} {label.value:.3f}", (label.step, label.value), xytext=(0, 7 if above else -7),
                       textcoords="offset points", ha="right", va="bottom" if above else "top", color=label.color,
                       fontweight="bold", bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8})
