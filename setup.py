@@ -23,6 +23,7 @@ CORE = [
     "ml-collections>=1.1",
     "clu>=0.0.12",
     "numpy>=2.1",
+    "absl-py>=2",
     "sentencepiece>=0.2.1",
     "protobuf>=5",
     "tokenizers>=0.22",

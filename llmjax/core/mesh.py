@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 from llmjax.core.errors import ConfigError
 from llmjax.core.sections import MeshConfig
 
-# Slowest interconnect first: slices talk over the data-centre network, tensor-parallel neighbours over the fastest links.
+# Slowest interconnect first: slices talk over the data-centre network, tensor-parallel neighbours over the fastest.
 MESH_AXES = ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
 # Axes over which a batch's rows are spread; a gradient is summed over these and over "context".
 BATCH_AXES = ("slice", "data", "fsdp", "expert")
@@ -33,7 +33,7 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     if num_devices % taken or (not open_axes and taken != num_devices):
         named = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1)
         legal = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
-        raise ConfigError(f"{named or 'mesh of 1'}: sizes multiply to {taken}, which does not fit {num_devices} devices; "
+        raise ConfigError(f"{named or 'mesh of 1'}: sizes multiply to {taken}, not a fit for {num_devices} devices; "
                           f"products that fit: {', '.join(map(str, legal))}")
     for axis in open_axes:
         sizes[axis] = num_devices // taken
