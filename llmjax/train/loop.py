@@ -96,7 +96,7 @@ def fit(run: Run, state: TrainState, *, writer: Writer, progress: ProgressLine) 
             if run.checkpointer.due(step) or step == run.last_step or signals.received:
                 report.now()  # a step that went wrong must not be saved
                 run.checkpointer.save(step, state, {**run.meta, "step": step})
-            if signals.received and step < run.last_step:
+            if signals.received:
                 _stop(run, step, signals.received)
         run.checkpointer.wait()
     return state
@@ -137,10 +137,12 @@ class Reporter:
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         if not values.pop("finite"):
             self._not_finite(step, values["loss"])
+        due = step % self._run.config.train.log_every == 0 or step == self._run.last_step
         if step == self._timed:
             self._tokens, self._since = 0, time.monotonic()
-        elif step % self._run.config.train.log_every == 0 or step == self._run.last_step:
+        elif due:
             values |= self._rates()
+        if due:
             self._writer.write(step, values)
         self.last |= values
         self._progress.update(step, self.last)

@@ -78,8 +78,8 @@ class Session:
         results: dict[str, Any] = {"steps": run.last_step, "num_params": flops.num_params(run.model.config),
                                    "device": f"{jax.device_count()} {jax.devices()[0].device_kind}"}
         holdout = data_folder(config.data, self._workdir) / "holdout.parquet"
-        if holdout.exists():
-            results |= _held_out(read_holdout(holdout), run.model, params, tokenizer, config.eval,
+        if holdout.exists() and (documents := read_holdout(holdout)):
+            results |= _held_out(documents, run.model, params, tokenizer, config.eval,
                                  config.eval.seq_len or config.data.seq_len)
         if config.eval.prompt:
             results["sample"] = _sample(config.eval.prompt, Engine(run.model, params, tokenizer=tokenizer), tokenizer)

@@ -1,0 +1,210 @@
+"""The loop: no transfer it does not ask for, metrics without gaps, and a resumed run that is the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from llmjax.core.errors import ConfigError, RunError
+from llmjax.core.mesh import make_mesh, single_device_mesh
+from llmjax.core.sections import (
+    CheckpointConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrackConfig, TrainConfig,
+)  # fmt: skip
+from llmjax.core.task import Batch, Hook, Task
+from llmjax.data.shards import Document, write_store
+from llmjax.models.decoder import abstract_model, init_params
+from llmjax.track.metrics import open_writers, read_metrics
+from llmjax.track.progress import ProgressLine
+from llmjax.train import loop, pretrain
+from llmjax.train.checkpoint import Checkpointer
+from llmjax.train.state import TrainState
+
+CONFIG = Config(
+    model=ModelConfig(vocab_size=64, num_layers=2, dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32,
+                      compute_dtype="float32", init_scale=0.1),
+    data=DataConfig(seq_len=16, batch_size=8),
+    optim=OptimConfig(learning_rate=3e-3, warmup_steps=2),
+    train=TrainConfig(steps=6, log_every=1),
+    checkpoint=CheckpointConfig(every=3, keep=9),
+    track=TrackConfig(tensorboard="off"),
+)  # fmt: skip
+MIXED = MeshConfig(data=2, fsdp=2, tensor=2)
+EXACT = ("loss", "grad_norm", "weight", "learning_rate")  # what two runs must agree on, bit by bit
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token shards of random documents of many lengths."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("data")
+    documents = (Document(f"{i:032x}", rng.integers(0, 64, rng.integers(4, 60))) for i in range(80))
+    write_store(folder / "shards", documents, vocab_size=64)
+    return folder
+
+
+def change(config: Config, **sections: dict[str, Any]) -> Config:
+    """A copy with some fields of some sections replaced."""
+    return dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **fields)
+                                          for name, fields in sections.items()})  # fmt: skip
+
+
+def make_run(config: Config, workdir: Path, data: Path, *, mesh: jax.sharding.Mesh | None = None,
+             task: Task | None = None, **meta: str) -> loop.Run:
+    """A run as the train verb prepares it, on one device unless a mesh is given."""
+    mesh = mesh or single_device_mesh()
+    checkpointer = Checkpointer(workdir / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
+    return loop.Run(config, abstract_model(config.model), mesh, task or pretrain.make_task(config, data=data),
+                    checkpointer, meta={"tokenizer_hash": "t", "data_hash": "d"} | meta,
+                    initial_params=lambda: init_params(config.model, jax.random.key(0), mesh),
+                    profile_folder=workdir / "profile")  # fmt: skip
+
+
+def train(run: loop.Run, workdir: Path, *, screen: io.StringIO | None = None) -> TrainState:
+    """From the last checkpoint, or the beginning, to the end."""
+    with run.checkpointer:
+        state = loop.start(run)
+        first = int(state.step)
+        writer = open_writers(workdir, run.config.track, start_step=first)
+        try:
+            return loop.fit(run, state, writer=writer,
+                            progress=ProgressLine(run.last_step, start_step=first, stream=screen or io.StringIO()))
+        finally:
+            writer.close()
+
+
+def metrics(workdir: Path) -> dict[str, list[float]]:
+    """What the run wrote about itself, less how fast it was."""
+    series = read_metrics(workdir / "metrics.jsonl")
+    return {"step": series["loss"].steps.tolist()} | {name: series[name].values.tolist() for name in EXACT}
+
+
+def assert_same_state(left: TrainState, right: TrainState) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), left, right)
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, Path]:
+    """Six steps in one go on one device."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return train(make_run(CONFIG, workdir, data), workdir), workdir
+
+
+def cut(data: Path, workdir: Path, *, after: int, mesh: jax.sharding.Mesh | None = None) -> None:
+    """The first steps of the same run, as a process that died `after` some of them leaves it."""
+
+    class Died(Exception):
+        pass
+
+    def dying(batches: Callable[..., Iterator[Batch]], *, start_step: int) -> Iterator[Batch]:
+        for step, batch in enumerate(batches(start_step=start_step), start=start_step):
+            if step == after:
+                raise Died
+            yield batch
+
+    task = pretrain.make_task(CONFIG, data=data)
+    task = dataclasses.replace(task, batches=functools.partial(dying, task.batches))
+    with pytest.raises(Died):
+        train(make_run(CONFIG, workdir, data, task=task, mesh=mesh), workdir)
+
+
+def test_nothing_moves_that_the_loop_does_not_move(data: Path, tmp_path: Path) -> None:
+    run = make_run(CONFIG, tmp_path, data)
+    with run.checkpointer:
+        state = loop.start(run)
+        writer = open_writers(tmp_path, run.config.track)
+        with jax.transfer_guard("disallow"):
+            loop.fit(run, state, writer=writer, progress=ProgressLine(run.last_step, stream=io.StringIO()))
+        writer.close()
+    assert metrics(tmp_path)["step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resumed_run_is_the_run(whole: tuple[TrainState, Path], data: Path, tmp_path: Path) -> None:
+    cut(data, tmp_path, after=5)  # the checkpoint is of step 3, so two steps are taken again
+    state = train(make_run(CONFIG, tmp_path, data), tmp_path)
+    assert_same_state(state, whole[0])
+    assert metrics(tmp_path) == metrics(whole[1])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == CONFIG.train.steps  # none missing, none twice
+
+
+def test_it_resumes_on_another_mesh(whole: tuple[TrainState, Path], data: Path, tmp_path: Path) -> None:
+    cut(data, tmp_path, after=5)
+    train(make_run(CONFIG, tmp_path, data, mesh=make_mesh(MIXED)), tmp_path)
+    np.testing.assert_allclose(metrics(tmp_path)["loss"], metrics(whole[1])["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("log_every", "steps"), [(2, [2, 4, 6]), (4, [4, 6])])
+def test_metrics_come_every_few_steps_and_at_the_end(
+    data: Path, tmp_path: Path, log_every: int, steps: list[int]
+) -> None:
+    config = change(CONFIG, train={"log_every": log_every})
+    train(make_run(config, tmp_path, data), tmp_path)
+    series = read_metrics(tmp_path / "metrics.jsonl")
+    assert series["loss"].steps.tolist() == steps
+    assert series["tokens_per_second"].steps.tolist() == steps
+
+
+def test_other_data_or_another_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:
+    cut(data, tmp_path, after=4)
+    for meta in ({"tokenizer_hash": "other"}, {"data_hash": "other"}):
+        run = make_run(CONFIG, tmp_path, data, **meta)
+        with run.checkpointer, pytest.raises(ConfigError, match="other"):
+            loop.start(run)
+        assert run.checkpointer.latest_step() == 3
+
+
+def poisoned(data: Path, *, at: int) -> Task:
+    """The task with one batch whose weights are not finite."""
+    task = pretrain.make_task(CONFIG, data=data)
+
+    def batches(*, start_step: int) -> Iterator[Batch]:
+        for step, batch in enumerate(task.batches(start_step=start_step), start=start_step + 1):
+            yield {**batch, "weights_BT": batch["weights_BT"] * np.float32(np.nan if step == at else 1)}
+
+    return dataclasses.replace(task, batches=batches)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> None:
+    run = make_run(CONFIG, tmp_path, data, task=poisoned(data, at=5))
+    with pytest.raises(RunError, match=r"at step 5 is not finite.*checkpoint of step 3 is untouched.*learning_rate"):
+        train(run, tmp_path)
+    state = train(make_run(CONFIG, tmp_path, data), tmp_path)  # the good batches again
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_it_can_be_told_to_skip_such_a_step(data: Path, tmp_path: Path) -> None:
+    config = change(CONFIG, guard={"nonfinite": "skip"})
+    screen = io.StringIO()
+    state = train(make_run(config, tmp_path, data, task=poisoned(data, at=5)), tmp_path, screen=screen)
+    losses = metrics(tmp_path)["loss"]
+    assert np.isnan(losses[4]) and np.isfinite(np.delete(losses, 4)).all()
+    assert int(state.step) == 6 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert "step 5 is not finite; the step was left out" in screen.getvalue()
+
+
+def test_hooks_see_the_state_of_their_step(data: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def call(step: int, state: TrainState) -> Mapping[str, float]:
+        seen.append((step, int(state.step)))
+        return {"seen": float(step)}
+
+    task = dataclasses.replace(pretrain.make_task(CONFIG, data=data), hooks=(Hook(2, call),))
+    train(make_run(CONFIG, tmp_path, data, task=task), tmp_path)
+    assert seen == [(2, 2), (4, 4), (6, 6)]
+    assert read_metrics(tmp_path / "metrics.jsonl")["seen"].steps.tolist() == [2, 4, 6]
+
+
+def test_profiling_leaves_a_trace_of_the_steps_named(data: Path, tmp_path: Path) -> None:
+    train(make_run(change(CONFIG, train={"profile": "2:3"}), tmp_path, data), tmp_path)
+    traces = [path for path in (tmp_path / "profile").rglob("*") if path.is_file()]
+    assert any(path.name.endswith(".xplane.pb") for path in traces)
+    assert any("perfetto" in path.name or path.name.endswith("trace.json.gz") for path in traces)
