@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,12 @@ class TokenLoss:
 jax.tree_util.register_dataclass(TokenLoss, data_fields=["nll_T", "log_z_T"], meta_fields=[])
 
 
-def _in_chunks(fn: Callable, num_chunks: int, *arrays: jax.Array) -> tuple:
-    """Map `fn` over chunks of the leading dim, one after the other."""
-    if num_chunks == 1:
-        return fn(arrays)
-    chunked = [array.reshape(num_chunks, -1, *array.shape[1:]) for array in arrays]
-    outs = lax.map(fn, tuple(chunked))
-    return jax.tree.map(lambda out: out.reshape(-1, *out.shape[2:]), outs)
+def _split(num_chunks: int, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return tuple(array.reshape(num_chunks, -1, *array.shape[1:]) for array in arrays)
+
+
+def _join(chunked: Any) -> Any:
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), chunked)
 
 
 def _logits(x_CD: jax.Array, w_DV: jax.Array) -> jax.Array:
@@ -48,51 +47,58 @@ def _local_targets(targets_C: jax.Array, num_local: int) -> jax.Array:
     return targets_C - collectives.shard_index("tensor") * num_local
 
 
+def _token_loss(logits_CV: jax.Array, targets_C: jax.Array) -> TokenLoss:
+    """The loss of each token from this shard's logits."""
+    num_local = logits_CV.shape[1]
+    top_C = collectives.max_over(jnp.max(logits_CV, axis=-1), "tensor")
+    # exponentials of float32 logits, summed in float32: the denominator spans the whole vocabulary
+    sum_C = collectives.sum_over(jnp.sum(jnp.exp(logits_CV - top_C[:, None]), axis=-1), ("tensor",))
+    local_C = _local_targets(targets_C, num_local)
+    held_C = (local_C >= 0) & (local_C < num_local)
+    picked_C = jnp.take_along_axis(logits_CV, jnp.where(held_C, local_C, 0)[:, None], axis=1)[:, 0]
+    target_C = collectives.sum_over(jnp.where(held_C, picked_C, 0.0), ("tensor",))
+    log_z_C = top_C + jnp.log(sum_C)
+    return TokenLoss(log_z_C - target_C, log_z_C)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, num_chunks: int) -> TokenLoss:
-    """See `api.linear_cross_entropy`."""
-    def chunk(arrays: tuple[jax.Array, jax.Array]) -> TokenLoss:
-        x_CD, targets_C = arrays
-        logits_CV = _logits(x_CD, w_DV)
-        top_C = collectives.max_over(jnp.max(logits_CV, axis=-1), "tensor")
-        # exponentials of float32 logits, summed in float32: the denominator spans the whole vocabulary
-        sum_C = collectives.sum_over(jnp.sum(jnp.exp(logits_CV - top_C[:, None]), axis=-1), ("tensor",))
-        local_C = _local_targets(targets_C, w_DV.shape[1])
-        held_C = (local_C >= 0) & (local_C < w_DV.shape[1])
-        picked_C = jnp.take_along_axis(logits_CV, jnp.where(held_C, local_C, 0)[:, None], axis=1)[:, 0]
-        target_C = collectives.sum_over(jnp.where(held_C, picked_C, 0.0), ("tensor",))
-        log_z_C = top_C + jnp.log(sum_C)
-        return TokenLoss(log_z_C - target_C, log_z_C)
-
-    return _in_chunks(chunk, num_chunks, x_TD, targets_T)
+    """See `api.linear_cross_entropy`; a single chunk keeps its logits for the derivative, several recompute them."""
+    return _forward(x_TD, w_DV, targets_T, num_chunks)[0]
 
 
 def _forward(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, num_chunks: int) -> tuple[TokenLoss, tuple]:
-    loss = linear_cross_entropy(x_TD, w_DV, targets_T, num_chunks)
-    return loss, (x_TD, w_DV, targets_T, loss.log_z_T)
+    if num_chunks == 1:
+        logits_TV = _logits(x_TD, w_DV)
+        loss = _token_loss(logits_TV, targets_T)
+        return loss, (x_TD, w_DV, targets_T, loss.log_z_T, logits_TV)
+    chunked = _split(num_chunks, (x_TD, targets_T))
+    loss = _join(lax.map(lambda chunk: _token_loss(_logits(chunk[0], w_DV), chunk[1]), chunked))
+    return loss, (x_TD, w_DV, targets_T, loss.log_z_T, None)
 
 
 def _backward(num_chunks: int, residuals: tuple, grad: TokenLoss) -> tuple[jax.Array, jax.Array, None]:
-    x_TD, w_DV, targets_T, log_z_T = residuals
+    x_TD, w_DV, targets_T, log_z_T, logits_TV = residuals
 
-    def chunk(dw_DV: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def chunk(logits_CV: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         x_CD, targets_C, log_z_C, dnll_C, dlog_z_C = arrays
-        p_CV = jnp.exp(_logits(x_CD, w_DV) - log_z_C[:, None])
-        local_C = _local_targets(targets_C, w_DV.shape[1])
-        hit_CV = local_C[:, None] == jnp.arange(w_DV.shape[1])[None, :]
+        p_CV = jnp.exp(logits_CV - log_z_C[:, None])
+        hit_CV = _local_targets(targets_C, w_DV.shape[1])[:, None] == jnp.arange(w_DV.shape[1])[None, :]
         dlogits_CV = p_CV * (dnll_C + dlog_z_C)[:, None] - jnp.where(hit_CV, dnll_C[:, None], 0.0)
         dlogits_CV = dlogits_CV.astype(x_CD.dtype)
-        # summed over chunks in float32
-        dw_DV = dw_DV + jnp.einsum("CD,CV->DV", x_CD, dlogits_CV, preferred_element_type=jnp.float32)
+        dw_DV = jnp.einsum("CD,CV->DV", x_CD, dlogits_CV, preferred_element_type=jnp.float32)
         return dw_DV, jnp.einsum("CV,DV->CD", dlogits_CV, w_DV)
 
+    def add_chunk(dw_DV: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        more_DV, dx_CD = chunk(_logits(arrays[0], w_DV), arrays)
+        return dw_DV + more_DV, dx_CD  # summed over chunks in float32
+
     arrays = (x_TD, targets_T, log_z_T, grad.nll_T, grad.log_z_T)
-    zeros_DV = jnp.zeros(w_DV.shape, jnp.float32)
     if num_chunks == 1:
-        dw_DV, dx_TD = chunk(zeros_DV, arrays)
+        dw_DV, dx_TD = chunk(logits_TV, arrays)
     else:
-        dw_DV, dx_NCD = lax.scan(chunk, zeros_DV, tuple(a.reshape(num_chunks, -1, *a.shape[1:]) for a in arrays))
-        dx_TD = dx_NCD.reshape(x_TD.shape)
+        dw_DV, dx_NCD = lax.scan(add_chunk, jnp.zeros(w_DV.shape, jnp.float32), _split(num_chunks, arrays))
+        dx_TD = _join(dx_NCD)
     return dx_TD, dw_DV.astype(w_DV.dtype), None
 
 

@@ -129,7 +129,7 @@ def abstract_model(config: ModelConfig) -> Model:
 
 
 def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None) -> Params:
-    """Fresh parameters, sharded as declared; the values do not depend on the mesh."""
+    """Fresh parameters, sharded as declared; the random bits behind them do not depend on the mesh."""
     def init(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=key)), nnx.Param))
 

@@ -5,6 +5,8 @@ Letters: B batch, T time, D model width, F MLP width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +18,22 @@ from llmjax.models.dense import dense
 from llmjax.models.param import param, weight
 
 
+# Elementwise work is cheap to repeat and its intermediates are large: only the inputs wait for the derivative.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@functools.partial(_recomputed, static_argnums=2)
+def _rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    x32_BTD = x_BTD.astype(jnp.float32)  # the mean of squares loses too much in bfloat16
+    inverse = lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True) + eps)
+    return (x32_BTD * inverse * scale_D[None, None, :]).astype(x_BTD.dtype)
+
+
+@_recomputed
+def _gated(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate_BTF) * up_BTF
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale (Zhang and Sennrich 2019, equation 4)."""
 
@@ -24,10 +42,7 @@ class RMSNorm(nnx.Module):
         self.scale = param(rngs, (config.dim,), axes=("norm",), init=nnx.initializers.ones, dtype=config.param_dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x32 = x_BTD.astype(jnp.float32)  # the mean of squares loses too much in bfloat16
-        inverse = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        scale = weight(self.scale, "float32")
-        return (x32 * inverse * scale[None, None, :]).astype(x_BTD.dtype)
+        return _rms_norm(x_BTD, weight(self.scale, "float32"), self.eps)
 
 
 class MLP(nnx.Module):
@@ -46,7 +61,7 @@ class MLP(nnx.Module):
         x_BTD = collectives.enter_tensor(x_BTD)
         gate_BTF = dense(x_BTD, weight(self.gate, self.dtype))
         up_BTF = dense(x_BTD, weight(self.up, self.dtype))
-        return collectives.leave_tensor(dense(jax.nn.silu(gate_BTF) * up_BTF, weight(self.down, self.dtype)))
+        return collectives.leave_tensor(dense(_gated(gate_BTF, up_BTF), weight(self.down, self.dtype)))
 
 
 class Embedder(nnx.Module):

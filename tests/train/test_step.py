@@ -1,4 +1,4 @@
-"""The step: the same numbers on every mesh and for every split into microbatches, and no step that poisons the state."""
+"""The step: the same numbers on every mesh and for every split into microbatches; no step poisons the state."""
 
 from __future__ import annotations
 
