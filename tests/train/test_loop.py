@@ -16,8 +16,15 @@ import pytest
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.mesh import make_mesh, single_device_mesh
 from llmjax.core.sections import (
-    CheckpointConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrackConfig, TrainConfig,
-)  # fmt: skip
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrackConfig,
+    TrainConfig,
+)
 from llmjax.core.task import Batch, Hook, Task
 from llmjax.data.shards import Document, write_store
 from llmjax.models.decoder import abstract_model, init_params
@@ -124,6 +131,22 @@ def test_nothing_moves_that_the_loop_does_not_move(data: Path, tmp_path: Path) -
             loop.fit(run, state, writer=writer, progress=ProgressLine(run.last_step, stream=io.StringIO()))
         writer.close()
     assert metrics(tmp_path)["step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_step_is_dispatched_before_the_one_before_it_is_read(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    compile_step, device_get = loop.compile_step, jax.device_get
+
+    def spied(run: loop.Run) -> Callable[..., Any]:
+        step_fn = compile_step(run)
+        return lambda *args: (events.append("step"), step_fn(*args))[1]
+
+    monkeypatch.setattr(loop, "compile_step", spied)
+    monkeypatch.setattr(jax, "device_get", lambda tree: (events.append("read"), device_get(tree))[1])
+    train(make_run(change(CONFIG, checkpoint={"every": 100}), tmp_path, data), tmp_path)
+    assert events == ["step", *["step", "read"] * 5, "read"]
 
 
 def test_a_resumed_run_is_the_run(whole: tuple[TrainState, Path], data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,163 @@
+"""A training process that is killed or told to stop, and started again, ends where an undisturbed one ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from llmjax.core.sections import DataConfig, TokenizerConfig
+from llmjax.data.build import build
+from llmjax.serve.load import load_workdir
+from llmjax.track.metrics import read_metrics
+
+STEPS = 120
+FIELDS = {
+    "data.seq_len": 32, "data.batch_size": 4, "model.num_layers": 1, "model.dim": 16, "model.num_heads": 2,
+    "model.num_kv_heads": 1, "model.head_dim": 8, "model.mlp_dim": 32, "train.steps": STEPS, "train.log_every": 1,
+    "checkpoint.every": 7, "eval.prompt": "", "track.carbon": "off", "track.tensorboard": "off",
+}  # fmt: skip
+WAIT_SECONDS = 300  # for a process to come to a point; far more than it ever takes
+
+Moment = Callable[[], bool]  # whether it has come
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where runs of one config live, and how their processes are started."""
+
+    data: Path
+    folder: Path
+    env: dict[str, str]
+
+    def start(self, workdir: Path) -> subprocess.Popen[str]:
+        """`llmjax train` of the quickstart's recipe, shrunk."""
+        overrides = [f"--config.{name}={value}" for name, value in (FIELDS | {"data.path": self.data}).items()]
+        root = Path(__file__).parents[2]
+        command = [sys.executable, "-m", "llmjax", "train", f"--config={root}/configs/quickstart.py", *overrides]
+        return subprocess.Popen([*command, f"--workdir={workdir}"], env=self.env, cwd=self.folder, text=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+
+    def signalled(self, workdir: Path, number: signal.Signals, moment: Moment) -> tuple[int, str]:
+        """Start, send `number` as soon as `moment` has come; the exit status and what the process said."""
+        process = self.start(workdir)
+        try:
+            deadline = time.monotonic() + WAIT_SECONDS
+            while not moment() and process.poll() is None:
+                assert time.monotonic() < deadline, "the moment did not come"
+                time.sleep(0.001)
+            process.send_signal(number)
+            said = process.communicate(timeout=WAIT_SECONDS)[1]
+            return process.returncode, said
+        finally:
+            process.kill()
+
+    def finished(self, workdir: Path) -> Path:
+        """Start and wait for the end."""
+        process = self.start(workdir)
+        said = process.communicate(timeout=WAIT_SECONDS)[1]
+        assert process.returncode == 0, said
+        return workdir
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, command_env: dict[str, str]) -> Place:
+    """A small corpus, made once; compiled programs are shared by all processes of this module."""
+    folder = tmp_path_factory.mktemp("killed")
+    sources = str(Path(json.__file__).parent / "*.py")
+    build(DataConfig(sources=sources, holdout_fraction=0), TokenizerConfig(vocab_size=400), folder / "data")
+    return Place(folder / "data", folder, command_env | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Place) -> Path:
+    return place.finished(place.folder / "undisturbed")
+
+
+def steps_written(workdir: Path) -> int:
+    """The last step in metrics.jsonl."""
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def at_step(workdir: Path, step: int) -> Moment:
+    return lambda: steps_written(workdir) >= step
+
+
+def while_saving(workdir: Path, *, after: int) -> Moment:
+    """A checkpoint later than step `after` has been begun and not been finished."""
+    def moment() -> bool:
+        names = [path.name for path in (workdir / "checkpoints").glob("*tmp*")]
+        return any(int(name.partition(".")[0]) > after for name in names)
+
+    return moment
+
+
+def after_seconds(seconds: float) -> Moment:
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
+
+
+def last_saved(workdir: Path) -> int:
+    return max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()), default=0)
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """Bit-equal parameters, and at every step, once, the loss and gradient of the same tokens."""
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
+                 load_workdir(left).params, load_workdir(right).params)  # fmt: skip
+    ours, theirs = read_metrics(left / "metrics.jsonl"), read_metrics(right / "metrics.jsonl")
+    for name in ("loss", "grad_norm", "weight", "learning_rate"):
+        assert ours[name].steps.tolist() == list(range(1, STEPS + 1))
+        np.testing.assert_array_equal(ours[name].values, theirs[name].values)
+    assert steps_written(left) == steps_written(right) == STEPS
+
+
+def test_killed_between_steps_and_while_saving(place: Place, undisturbed: Path) -> None:
+    workdir = place.folder / "twice"
+    assert place.signalled(workdir, signal.SIGKILL, at_step(workdir, 17))[0] == -signal.SIGKILL
+    saved = last_saved(workdir)
+    assert place.signalled(workdir, signal.SIGKILL, while_saving(workdir, after=saved + 14))[0] == -signal.SIGKILL
+    assert last_saved(workdir) > saved
+    assert_same_run(place.finished(workdir), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0])
+def test_killed_at_ten_random_moments(place: Place, undisturbed: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    workdir = place.folder / f"ten-{seed}"
+    moments = ["start", "step", "saving"] * 3 + ["step"]
+    rng.shuffle(moments)
+    for number, kind in enumerate(moments, start=1):
+        furthest = STEPS * number // (len(moments) + 1)
+        step = rng.randint(min(last_saved(workdir) + 1, furthest), furthest)
+        moment = {"start": after_seconds(rng.uniform(0, 8)), "step": at_step(workdir, step),
+                  "saving": while_saving(workdir, after=last_saved(workdir))}[kind]  # fmt: skip
+        assert place.signalled(workdir, signal.SIGKILL, moment)[0] == -signal.SIGKILL, f"{number}: {kind}"
+    assert_same_run(place.finished(workdir), undisturbed)
+
+
+@pytest.mark.parametrize(("number", "status", "says"), [
+    (signal.SIGINT, 130, "interrupted; the same command goes on from the last checkpoint"),
+    (signal.SIGTERM, 75, "stopped by SIGTERM after step"),
+])  # fmt: skip
+def test_told_to_stop_it_saves_first(
+    place: Place, undisturbed: Path, number: signal.Signals, status: int, says: str
+) -> None:
+    workdir = place.folder / number.name
+    code, said = place.signalled(workdir, number, at_step(workdir, 10))
+    assert code == status, said
+    assert "Traceback" not in said and says in said.splitlines()[-1]
+    assert last_saved(workdir) == steps_written(workdir)  # nothing is done twice
+    assert_same_run(place.finished(workdir), undisturbed)
