@@ -17,7 +17,6 @@ from llmjax.core.sections import ModelConfig
 from llmjax.models.dense import dense
 from llmjax.models.param import param, weight
 
-
 # Elementwise work is cheap to repeat and its intermediates are large: only the inputs wait for the derivative.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 

@@ -28,7 +28,7 @@ def weight(variable: nnx.Param, dtype: str) -> jax.Array:
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, num_layers: int) -> nnx.Module:
-    """`num_layers` copies of a module, each with its own initial values, stacked on a leading dim of every parameter."""
+    """`num_layers` copies of a module, each with its own initial values, stacked on a leading dim of each parameter."""
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(num_layers))
 
 

@@ -72,8 +72,8 @@ def _finished(workdir: Path, config: Config) -> bool:
 def _tokenizer(config: Config, workdir: Path) -> tuple[Tokenizer, Config]:
     """The run's tokenizer, in the workdir, and the config with what follows from it or from the parent run."""
     from llmjax.data.build import build, data_folder
-    from llmjax.track.progress import Stages
     from llmjax.data.tokenizer import Tokenizer
+    from llmjax.track.progress import Stages
 
     model = config.model
     if config.train.init_from:

@@ -1,4 +1,4 @@
-"""What stands around the loop of `llmjax train`: metrics, logbook and energy on the way, results and card at the end."""
+"""What stands around the loop of `llmjax train`: metrics, logbook and energy on the way, results and card last."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Session:
         first = int(state.step)
         hashes = {name: run.meta[name] for name in ("data_hash", "tokenizer_hash")}
         trace(self._config, **hashes).save(self._workdir)
-        self._logbook.enter("resume" if first else "start", f"at step {first:,} of {run.last_step:,} on "
-                            f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(run.mesh.shape)}")
+        self._logbook.enter("resume" if first else "start",
+                            f"at step {first:,} of {run.last_step:,} on {_devices()}, mesh {dict(run.mesh.shape)}")
         if first >= run.last_step:
             return state
         writer = open_writers(self._workdir, self._config.track, start_step=first)
@@ -76,7 +76,7 @@ class Session:
         config = self._config
         params = jax.device_get(state.params)  # whole arrays: what follows runs on one device
         results: dict[str, Any] = {"steps": run.last_step, "num_params": flops.num_params(run.model.config),
-                                   "device": f"{jax.device_count()} {jax.devices()[0].device_kind}"}
+                                   "device": _devices()}
         holdout = data_folder(config.data, self._workdir) / "holdout.parquet"
         if holdout.exists() and (documents := read_holdout(holdout)):
             results |= _held_out(documents, run.model, params, tokenizer, config.eval,
@@ -91,11 +91,16 @@ class Session:
         print("\n".join([*_lines(results), "written: " + ", ".join(map(str, written))]))
 
 
+def _devices() -> str:
+    return f"{jax.device_count()} {jax.devices()[0].device_kind}"
+
+
 def _lines(results: dict[str, Any]) -> list[str]:
     """The results as a person wants to read them at the end of a run."""
     lines = []
     if "bits_per_byte" in results:
-        lines.append(f"held-out bits per byte {results['bits_per_byte']:.4f} ({results['held_out_documents']} documents)")
+        lines.append(f"held-out bits per byte {results['bits_per_byte']:.4f} "
+                     f"({results['held_out_documents']} documents)")
     if "gzip_bits_per_byte" in results:
         lines.append(f"gzip -9, file by file   {results['gzip_bits_per_byte']:.4f} "
                      f"({1 - results['bits_per_byte'] / results['gzip_bits_per_byte']:+.1%} saved)")
