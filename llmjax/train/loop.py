@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,13 +195,3 @@ class Profiler:
 
     def __exit__(self, *error: Any) -> None:
         self._open.close()
-
-
-def evaluate(eval_step: Callable[..., Any], params: Params, batches: Iterator[Any], *, mesh: Mesh,
-             num_batches: int) -> float:
-    """Mean loss of `num_batches` held-out batches."""
-    loss_sum = weight = 0.0
-    for _ in range(num_batches):
-        out = jax.device_get(eval_step(params, {}, put_batch(next(batches), mesh)))
-        loss_sum, weight = loss_sum + float(out.loss_sum), weight + float(out.weight)
-    return loss_sum / max(weight, 1.0)

@@ -44,8 +44,9 @@ def batch_specs(batch: Mapping[str, Any]) -> dict[str, PartitionSpec]:
             for name, array in batch.items()}
 
 
-def put_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a global batch, on its devices."""
+def put_batch(batch: Batch, mesh: jax.sharding.Mesh | None = None) -> dict[str, jax.Array]:
+    """This process's rows of a global batch, on its devices of `mesh` (default: the mesh that is set)."""
+    mesh = mesh or jax.sharding.get_mesh()
     specs = batch_specs(batch)
     return {name: jax.make_array_from_process_local_data(NamedSharding(mesh, specs[name]), array)
             for name, array in batch.items()}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from llmjax.core.task import Params, Task
     from llmjax.data.tokenizer import Tokenizer
+    from llmjax.models.decoder import Model
     from llmjax.train.loop import Run
 
 
@@ -75,16 +76,18 @@ def _tokenizer(config: Config, workdir: Path) -> tuple[Tokenizer, Config]:
     from llmjax.data.tokenizer import Tokenizer
     from llmjax.track.progress import Stages
 
-    model = config.model
-    if config.train.init_from:
-        parent = Path(config.train.init_from)
-        tokenizer = Tokenizer.load(parent)
-        model = configs.from_workdir(parent).model  # the weights decide
-    else:
+    parent = config.train.init_from
+    model = configs.from_workdir(Path(parent)).model if parent else config.model  # the weights decide
+    if config.task.name == "pretrain":
         folder = data_folder(config.data, workdir)
-        build(config.data, config.tokenizer, folder, progress=Stages("data"))
+        tokenizer_config = dataclasses.replace(config.tokenizer, path=parent or config.tokenizer.path)
+        build(config.data, tokenizer_config, folder, progress=Stages("data"))
         tokenizer = Tokenizer.load(folder)
-        model = dataclasses.replace(model, vocab_size=model.vocab_size or tokenizer.vocab_size)
+    elif parent:
+        tokenizer = Tokenizer.load(Path(parent))
+    else:
+        raise ConfigError(f"train.init_from is empty: task.name={config.task.name!r} starts from a trained workdir")
+    model = dataclasses.replace(model, vocab_size=model.vocab_size or tokenizer.vocab_size)
     if model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's "
                           f"{tokenizer.vocab_size}; set it to 0 for the tokenizer's size")
@@ -113,7 +116,7 @@ def prepare(config: Config, workdir: Path, tokenizer: Tokenizer) -> Run:
         return init_params(config.model, jax.random.key(config.train.seed), mesh)
 
     with jax.set_mesh(mesh):
-        task = _make_task(config, workdir, tokenizer, parent_params)
+        task = _make_task(config, workdir, tokenizer, model, parent_params)
     checkpointer = Checkpointer(workdir / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
     return Run(config, model, mesh, task, checkpointer, profile_folder=workdir / "profile",
                initial_params=parent_params if config.train.init_from else fresh_params,
@@ -132,7 +135,8 @@ def _data_hash(folder: Path) -> str:
     return manifest.hash
 
 
-def _make_task(config: Config, workdir: Path, tokenizer: Tokenizer, parent_params: Callable[[], Params]) -> Task:
+def _make_task(config: Config, workdir: Path, tokenizer: Tokenizer, model: Model,
+               parent_params: Callable[[], Params]) -> Task:
     """The batches, loss and frozen arrays that the task's name stands for."""
     import jax
 
@@ -145,4 +149,11 @@ def _make_task(config: Config, workdir: Path, tokenizer: Tokenizer, parent_param
         return sft.make_task(config, workdir=workdir, tokenizer=tokenizer, **share)
     if config.task.name == "dpo":
         return dpo.make_task(config, workdir=workdir, tokenizer=tokenizer, reference=parent_params(), **share)
-    return pretrain.make_task(config, data=data_folder(config.data, workdir), **share)
+    data = data_folder(config.data, workdir)
+    task = pretrain.make_task(config, data=data, **share)
+    if not config.eval.every:
+        return task
+    from llmjax.verbs.held_out import make_hook
+
+    hook = make_hook(config, model, data=data, tokenizer=tokenizer, workdir=workdir)
+    return dataclasses.replace(task, hooks=(*task.hooks, hook))
