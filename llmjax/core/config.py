@@ -270,7 +270,7 @@ def _check_sizes(config: Config) -> None:
     _check_divides("model.num_kv_heads", config.model.num_kv_heads, "model.num_heads", config.model.num_heads)
     if config.model.head_dim % 2:
         raise ConfigError(f"model.head_dim={config.model.head_dim}: rotary positions turn pairs, so it must be even")
-    _check_multiple("data.batch_size", config.data.batch_size, "train.accumulation", config.train.accumulation)
+    check_multiple("data.batch_size", config.data.batch_size, "train.accumulation", config.train.accumulation)
     for path in ("data.seq_len", "eval.seq_len"):
         if _get(config, path) > config.model.max_seq_len:
             raise ConfigError(f"{path}={_get(config, path)}: at most model.max_seq_len={config.model.max_seq_len} fits")
@@ -296,7 +296,8 @@ def _check_divides(path: str, value: int, whole_path: str, whole: int) -> None:
         raise ConfigError(f"{path}={value}: must divide {whole_path}={whole}; nearest: {', '.join(map(str, near))}")
 
 
-def _check_multiple(path: str, value: int, part_path: str, part: int) -> None:
+def check_multiple(path: str, value: int, part_path: str, part: int) -> None:
+    """Raise ConfigError unless `part` divides `value`."""
     if value % part:
         below = value // part * part
         near = [n for n in (below, below + part) if n]

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from llmjax.core.config import check_multiple
 from llmjax.core.errors import ConfigError
-from llmjax.core.sections import MeshConfig
+from llmjax.core.sections import Config, MeshConfig
 
 # Slowest interconnect first: slices talk over the data-centre network, tensor-parallel neighbours over the fastest.
 MESH_AXES = ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
 # Axes over which a batch's rows are spread; a gradient is summed over these and over "context".
 BATCH_AXES = ("slice", "data", "fsdp", "expert")
 TOKEN_AXES = (*BATCH_AXES, "context")
+# Axes that no model works over: stages would repeat each other, and attention would end at a part of the row.
+IDLE_AXES = ("stage", "context")
+# Sizes of a config, and the mesh axis over which what they count is spread.
+SPREAD = {"model.dim": "fsdp", "model.num_heads": "tensor", "model.num_kv_heads": "tensor", "model.mlp_dim": "tensor",
+          "model.vocab_size": "tensor"}  # fmt: skip
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -52,3 +58,20 @@ def single_device_mesh(device: jax.Device | None = None) -> Mesh:
     """The mesh of one device, on which every collective vanishes."""
     ones = dataclasses.replace(MeshConfig(), data=1)
     return make_mesh(ones, [device or jax.local_devices()[0]])
+
+
+def check_fits(config: Config, mesh: Mesh) -> None:
+    """Raise ConfigError for an axis that nothing works over, and for the first size that its axes do not divide."""
+    for axis in IDLE_AXES:
+        if mesh.shape[axis] > 1:
+            raise ConfigError(f"mesh.{axis}={mesh.shape[axis]}: no model works over this axis; 1 fits")
+    for path, axis in SPREAD.items():
+        section, field = path.split(".")
+        _check_spread(path, getattr(getattr(config, section), field), {f"mesh.{axis}": mesh.shape[axis]})
+    rows = {f"mesh.{axis}": mesh.shape[axis] for axis in BATCH_AXES}
+    _check_spread("data.batch_size", config.data.batch_size, {**rows, "train.accumulation": config.train.accumulation})
+
+
+def _check_spread(path: str, value: int, parts: Mapping[str, int]) -> None:
+    names = [name for name, size in parts.items() if size > 1]
+    check_multiple(path, value, " * ".join(names), math.prod(parts.values()))

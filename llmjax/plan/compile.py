@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from llmjax.core.errors import ConfigError, RunError
-from llmjax.core.mesh import make_mesh
+from llmjax.core.mesh import check_fits, make_mesh
 from llmjax.core.sections import Config
 from llmjax.models.decoder import abstract_model
 from llmjax.optim.build import build_optimizer
@@ -54,6 +54,7 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
     """
     _check(config)
     mesh = make_mesh(config.mesh, topology.devices)
+    check_fits(config, mesh)
     begin = time.perf_counter()
     with jax.set_mesh(mesh):
         step, arguments = abstract_step(config, mesh)

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+from llmjax.core.errors import RestartRequested
+
+
+@contextlib.contextmanager
+def restart_on_sigterm() -> Iterator[None]:
+    """Where nothing has to be saved, SIGTERM ends the work at once, by RestartRequested."""
+    def stop(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise RestartRequested("stopped by SIGTERM; the same command goes on from what is saved")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class StopSignals:

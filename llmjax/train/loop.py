@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -24,9 +25,10 @@ from llmjax.models import flops
 from llmjax.models.decoder import Model
 from llmjax.optim.build import build_optimizer
 from llmjax.optim.schedule import make_schedule
+from llmjax.track.memory import memory_metrics
 from llmjax.track.metrics import Writer
 from llmjax.track.progress import ProgressLine
-from llmjax.train.checkpoint import Checkpointer, Meta, check_meta
+from llmjax.train.checkpoint import Checkpointer, Meta, check_meta, read_meta
 from llmjax.train.fault import StopSignals
 from llmjax.train.state import TrainState, abstract_state, init_state
 from llmjax.train.step import StepSettings, make_train_step, put_batch
@@ -52,15 +54,15 @@ class Run:
 
 
 def start(run: Run) -> TrainState:
-    """The state to go on from: the last checkpoint's, or a fresh one."""
+    """The state to go on from: the last checkpoint's, or a fresh one; ConfigError when that one is of another run."""
     config = run.config
     optimizer = build_optimizer(config.optim, steps=config.train.steps, axes=run.model.axes)
     with jax.set_mesh(run.mesh):
         if run.checkpointer.latest_step() is not None:
+            check_meta(read_meta(run.checkpointer.folder), tokenizer_hash=run.meta["tokenizer_hash"],
+                       data_hash=run.meta["data_hash"])
             like = abstract_state(run.model.abstract_params(run.mesh), optimizer)
-            restored = run.checkpointer.restore(like, mesh=run.mesh)
-            check_meta(restored.meta, tokenizer_hash=run.meta["tokenizer_hash"], data_hash=run.meta["data_hash"])
-            return restored.state
+            return run.checkpointer.restore(like, mesh=run.mesh).state
         return jax.jit(functools.partial(init_state, optimizer=optimizer), donate_argnums=0)(run.initial_params())
 
 
@@ -136,12 +138,12 @@ class Reporter:
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         if not values.pop("finite"):
-            self._not_finite(step, values["loss"])
+            self._not_finite(step, values)
         due = step % self._run.config.train.log_every == 0 or step == self._run.last_step
         if step == self._timed:
             self._tokens, self._since = 0, time.monotonic()
         elif due:
-            values |= self._rates()
+            values |= self._rates() | memory_metrics()
         if due:
             self._writer.write(step, values)
         self.last |= values
@@ -160,8 +162,9 @@ class Reporter:
             rates["mfu"] = rate * per_token / (peak * devices.size)
         return rates
 
-    def _not_finite(self, step: int, loss: float) -> None:
-        text = f"loss {loss} at step {step:,} is not finite; the step was left out"
+    def _not_finite(self, step: int, values: Mapping[str, float]) -> None:
+        name = "grad_norm" if math.isfinite(values["loss"]) else "loss"
+        text = f"{name} {values[name]} at step {step:,} is not finite; the step was left out"
         if self._run.config.guard.nonfinite == "skip":
             self._progress.note(text)
             return

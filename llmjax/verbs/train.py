@@ -40,19 +40,30 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         print(f"{workdir} has finished its {config.train.steps:,} steps; next: {_next_command(config, workdir)}")
         print(workdir)
         return 0
-    tokenizer, config = _tokenizer(config, workdir)
-    configs.save(config, workdir)
+    from llmjax.train.fault import restart_on_sigterm
 
+    with restart_on_sigterm():  # the loop has its own way
+        _train(config, workdir)
+    print(f"next: {_next_command(config, workdir)}")
+    print(workdir)
+    return 0
+
+
+def _train(config: Config, workdir: Path) -> None:
+    """All that a run does, from its data to its card."""
+    tokenizer, config = _tokenizer(config, workdir)
+
+    from llmjax.train import loop
     from llmjax.verbs import train_report
 
     with train_report.Session(config, workdir) as session:
         prepared = prepare(config, workdir, tokenizer)
         with prepared.checkpointer:
-            state = session.train(prepared)
+            state = loop.start(prepared)
+            configs.save(config, workdir)  # not earlier: a run that is refused leaves the workdir as it was
+            tokenizer.save(workdir / "tokenizer")
+            state = session.train(prepared, state)
         session.describe(prepared, state, tokenizer)
-    print(f"next: {_next_command(config, workdir)}")
-    print(workdir)
-    return 0
 
 
 def _next_command(config: Config, workdir: Path) -> str:
@@ -71,7 +82,7 @@ def _finished(workdir: Path, config: Config) -> bool:
 
 
 def _tokenizer(config: Config, workdir: Path) -> tuple[Tokenizer, Config]:
-    """The run's tokenizer, in the workdir, and the config with what follows from it or from the parent run."""
+    """The run's tokenizer and the config with what follows from it or from the parent run."""
     from llmjax.data.build import build, data_folder
     from llmjax.data.tokenizer import Tokenizer
     from llmjax.track.progress import Stages
@@ -91,7 +102,6 @@ def _tokenizer(config: Config, workdir: Path) -> tuple[Tokenizer, Config]:
     if model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's "
                           f"{tokenizer.vocab_size}; set it to 0 for the tokenizer's size")
-    tokenizer.save(workdir / "tokenizer")
     return tokenizer, dataclasses.replace(config, model=model)
 
 
@@ -99,7 +109,7 @@ def prepare(config: Config, workdir: Path, tokenizer: Tokenizer) -> Run:
     """Mesh, model, task and checkpoints of a run; jax starts here."""
     import jax
 
-    from llmjax.core.mesh import make_mesh
+    from llmjax.core.mesh import check_fits, make_mesh
     from llmjax.data.build import data_folder
     from llmjax.models.decoder import abstract_model, init_params
     from llmjax.track.lineage import versions
@@ -107,6 +117,8 @@ def prepare(config: Config, workdir: Path, tokenizer: Tokenizer) -> Run:
     from llmjax.train.loop import Run
 
     mesh = make_mesh(config.mesh)
+    check_fits(config, mesh)
+    data_hash = _data_hash(data_folder(config.data, workdir))  # before anything reads what may be damaged
     model = abstract_model(config.model)
 
     def parent_params() -> dict:
@@ -120,7 +132,7 @@ def prepare(config: Config, workdir: Path, tokenizer: Tokenizer) -> Run:
     checkpointer = Checkpointer(workdir / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
     return Run(config, model, mesh, task, checkpointer, profile_folder=workdir / "profile",
                initial_params=parent_params if config.train.init_from else fresh_params,
-               meta={"tokenizer_hash": tokenizer.hash, "data_hash": _data_hash(data_folder(config.data, workdir)),
+               meta={"tokenizer_hash": tokenizer.hash, "data_hash": data_hash,
                      "config": configs.to_dict(config), "versions": versions()})
 
 

@@ -50,9 +50,8 @@ class Session:
         if error is not None:
             self._logbook.enter("stop", f"{type(error).__name__}: {error}")
 
-    def train(self, run: loop.Run) -> TrainState:
-        """Restore or start, and run the loop to its last step."""
-        state = loop.start(run)
+    def train(self, run: loop.Run, state: TrainState) -> TrainState:
+        """Run the loop from `state` to the last step."""
         first = int(state.step)
         hashes = {name: run.meta[name] for name in ("data_hash", "tokenizer_hash")}
         trace(self._config, **hashes).save(self._workdir)

@@ -27,6 +27,10 @@ FIELDS = {
     "model.num_kv_heads": 1, "model.head_dim": 8, "model.mlp_dim": 32, "train.steps": STEPS, "train.log_every": 1,
     "checkpoint.every": 7, "eval.prompt": "", "track.carbon": "off", "track.tensorboard": "off",
 }  # fmt: skip
+STOPS = [
+    (signal.SIGINT, 130, "interrupted; the same command goes on from the last checkpoint"),
+    (signal.SIGTERM, 75, "stopped by SIGTERM after step"),
+]
 WAIT_SECONDS = 300  # for a process to come to a point; far more than it ever takes
 
 Moment = Callable[[], bool]  # whether it has come
@@ -123,12 +127,18 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert steps_written(left) == steps_written(right) == STEPS
 
 
-def test_killed_between_steps_and_while_saving(place: Place, undisturbed: Path) -> None:
-    workdir = place.folder / "twice"
+def test_killed_interrupted_and_told_to_stop(place: Place, undisturbed: Path) -> None:
+    workdir = place.folder / "disturbed"
     assert place.signalled(workdir, signal.SIGKILL, at_step(workdir, 17))[0] == -signal.SIGKILL
     saved = last_saved(workdir)
     assert place.signalled(workdir, signal.SIGKILL, while_saving(workdir, after=saved + 14))[0] == -signal.SIGKILL
     assert last_saved(workdir) > saved
+
+    for number, status, says in STOPS:
+        code, said = place.signalled(workdir, number, at_step(workdir, last_saved(workdir) + 20))
+        assert code == status, said
+        assert "Traceback" not in said and says in said.splitlines()[-1]
+        assert last_saved(workdir) == steps_written(workdir)  # not a step is lost
     assert_same_run(place.finished(workdir), undisturbed)
 
 
@@ -145,19 +155,4 @@ def test_killed_at_ten_random_moments(place: Place, undisturbed: Path, seed: int
         moment = {"start": after_seconds(rng.uniform(0, 8)), "step": at_step(workdir, step),
                   "saving": while_saving(workdir, after=last_saved(workdir))}[kind]  # fmt: skip
         assert place.signalled(workdir, signal.SIGKILL, moment)[0] == -signal.SIGKILL, f"{number}: {kind}"
-    assert_same_run(place.finished(workdir), undisturbed)
-
-
-@pytest.mark.parametrize(("number", "status", "says"), [
-    (signal.SIGINT, 130, "interrupted; the same command goes on from the last checkpoint"),
-    (signal.SIGTERM, 75, "stopped by SIGTERM after step"),
-])  # fmt: skip
-def test_told_to_stop_it_saves_first(
-    place: Place, undisturbed: Path, number: signal.Signals, status: int, says: str
-) -> None:
-    workdir = place.folder / number.name
-    code, said = place.signalled(workdir, number, at_step(workdir, 10))
-    assert code == status, said
-    assert "Traceback" not in said and says in said.splitlines()[-1]
-    assert last_saved(workdir) == steps_written(workdir)  # nothing is done twice
     assert_same_run(place.finished(workdir), undisturbed)
