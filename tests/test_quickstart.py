@@ -19,7 +19,7 @@ SMALL = [
         f"data.sources={sysconfig.get_path('stdlib')}/asyncio/*.py", "data.seq_len=128", "data.batch_size=8",
         "tokenizer.vocab_size=512", "model.dim=32", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1",
         "model.head_dim=16", "model.mlp_dim=64", "optim.warmup_steps=5", "train.steps=30", "checkpoint.every=10",
-        "eval.seq_len=128", "track.carbon=off",
+        "eval.seq_len=128", "eval.stride=64", "track.carbon=off",
     )
 ]  # fmt: skip
 
@@ -61,7 +61,8 @@ def test_training_leaves_a_run_that_describes_itself(
     trained: subprocess.CompletedProcess[str], folder: Path
 ) -> None:
     workdir = folder / "runs" / "quickstart"
-    for name in ("config.json", "metrics.jsonl", "events", "logbook.md", "report.html", "card.md", "loss.png"):
+    for name in ("config.json", "tokenizer", "checkpoints/30", "metrics.jsonl", "events", "logbook.md", "report.html",
+                 "card.md", "loss.png"):  # fmt: skip
         assert (workdir / name).exists(), name
     losses = [record["loss"] for line in (workdir / "metrics.jsonl").open() if "loss" in (record := json.loads(line))]
     assert losses[-1] < losses[0]
@@ -87,6 +88,7 @@ def test_text_comes_out_the_same_for_the_same_seed(trained: object, llmjax: Llmj
 def test_evaluation_agrees_with_what_training_printed(trained: object, llmjax: Llmjax, folder: Path) -> None:
     results = last_object(llmjax("eval", "--workdir=runs/quickstart", "--tasks=bpb,perplexity", "--json"))["results"]
     left = json.loads((folder / "runs/quickstart/results.json").read_text())
+    assert left["gzip_bits_per_byte"] > 0 and left["steps"] == 30
     assert left["bits_per_byte"] in [pytest.approx(value, rel=1e-5) for value in results["bpb"].values()]
 
 
