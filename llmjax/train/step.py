@@ -114,7 +114,7 @@ def make_train_step(model: Any, loss: LossFn, optimizer: optax.GradientTransform
         out, grads = loss_and_grad(state.params, frozen, batch, key)
         weight = jnp.maximum(out.weight, 1.0)
         grads = jax.tree.map(lambda grad: grad / weight, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(out.loss_sum)
         grads = clip_by_global_norm(grads, grad_norm, max_norm=settings.clip_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

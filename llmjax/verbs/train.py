@@ -71,7 +71,8 @@ def _next_command(config: Config, workdir: Path) -> str:
 
 
 def _with_profile(config: Config, steps: str) -> Config:
-    if steps and not re.fullmatch(r"\d+:\d+", steps):
+    named = re.fullmatch(r"(\d+):(\d+)", steps)
+    if steps and not (named and int(named[1]) <= int(named[2])):
         raise ConfigError(f"--profile={steps}: name the first and the last step to trace, for example --profile=5:8")
     return dataclasses.replace(config, train=dataclasses.replace(config.train, profile=steps)) if steps else config
 

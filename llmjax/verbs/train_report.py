@@ -21,6 +21,7 @@ from llmjax.models.decoder import Model
 from llmjax.serve.engine import Engine
 from llmjax.serve.sampling import SamplingParams
 from llmjax.track.carbon import CarbonMeter
+from llmjax.track.cards import FILE as CARD
 from llmjax.track.lineage import trace
 from llmjax.track.logbook import Logbook
 from llmjax.track.metrics import open_writers
@@ -57,6 +58,7 @@ class Session:
         trace(self._config, **hashes).save(self._workdir)
         self._logbook.enter("resume" if first else "start",
                             f"at step {first:,} of {run.last_step:,} on {_devices()}, mesh {dict(run.mesh.shape)}")
+        (self._workdir / CARD).unlink(missing_ok=True)  # a run that has its card is complete
         if first >= run.last_step:
             return state
         writer = open_writers(self._workdir, self._config.track, start_step=first)
