@@ -54,16 +54,26 @@ def chat_examples(sources: Iterable[str]) -> Iterator[dict[str, list[Message]]]:
 
 
 def preference_examples(sources: Iterable[str], *, seed: int) -> Iterator[dict[str, list[Message]]]:
-    """One pair a function: its own body is chosen, the body of another function under its signature is rejected."""
-    everything = list(_distinct(sources))
-    random.Random(seed).shuffle(everything)
-    for function, other in zip(everything, everything[1:] + everything[:1], strict=True):
-        if function.body != other.body:
+    """One pair a function: its own body is chosen, the same with the words of its lines shuffled is rejected.
+
+    Both answers hold the same words, so that what is learnt is their order, which a model of any size can.
+    """
+    rng = random.Random(seed)
+    for function in _distinct(sources):
+        shuffled = "\n".join(_shuffled(line, rng) for line in function.body.split("\n"))
+        if shuffled != function.body:
             yield {
                 "prompt": [_question(function)],
                 "chosen": [_answer(function.signature, function.body)],
-                "rejected": [_answer(function.signature, other.body)],
+                "rejected": [_answer(function.signature, shuffled)],
             }
+
+
+def _shuffled(line: str, rng: random.Random) -> str:
+    """The words of a line in another order, behind the same indentation."""
+    words = line.split()
+    rng.shuffle(words)
+    return line[:len(line) - len(line.lstrip())] + " ".join(words)
 
 
 def write_jsonl(examples: Iterable[dict[str, Any]], path: Path) -> int:

@@ -70,6 +70,7 @@ def test_rejected_answers_have_the_right_signature_and_the_wrong_body() -> None:
     for pair in pairs:
         chosen, rejected = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
         assert chosen != rejected and chosen.split("(")[0] == rejected.split("(")[0]
+        assert sorted(chosen.split()) == sorted(rejected.split())
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
