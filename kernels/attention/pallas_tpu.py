@@ -7,7 +7,6 @@ it does not take raise NotImplementedError. Letters: B batch, T queries, S keys,
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 LANES = 128  # width of a TPU vector register
@@ -28,7 +27,8 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, q_segm
     # Heads before time; the kernel scales nothing itself.
     q_BNTH, k_BKSH, v_BKSH = ((x.swapaxes(1, 2)) for x in (q_BTNH * head_dim**-0.5, k_BSKH, v_BSKH))
     out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, splash.SegmentIds(q_segment_ids_BT, kv_segment_ids_BS))
-    return jnp.swapaxes(out_BNTH, 1, 2)
+    assert isinstance(out_BNTH, jax.Array)  # it comes with residuals only where they are asked for
+    return out_BNTH.swapaxes(1, 2)
 
 
 def _kernel(num_tokens: int, num_heads: int) -> splash.splash_attention_kernel.SplashAttentionKernel:
