@@ -108,10 +108,11 @@ class Timeline:
         return timeline
 
     def after(self, entry: Intervention) -> Timeline:
-        """This timeline with one more entry; it replaces what had been recorded from its step on."""
+        """This timeline with one more entry; new weights replace those that were to come."""
         if isinstance(entry, Skip):
-            jumps = (*(jump for jump in self.jumps if jump[0] < entry.step), (entry.step, self.slot(entry.until)))
-            return dataclasses.replace(self, jumps=jumps)
+            before = (jump for jump in self.jumps if jump[0] < entry.step)
+            later = ((step + entry.step - entry.until, slot) for step, slot in self.jumps if step > entry.until)
+            return dataclasses.replace(self, jumps=(*before, (entry.step, self.slot(entry.until)), *later))
         at = self.slot(entry.step)
         return dataclasses.replace(
             self, weights=(*(change for change in self.weights if change[0] < at), (at, entry.weights)))
