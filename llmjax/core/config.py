@@ -39,12 +39,14 @@ AT_LEAST: dict[str, float] = {
     "optim.clip_norm": 0, "optim.muon_momentum": 0,
     "task.beta": 0, "task.z_loss": 0,
     "train.steps": 1, "train.accumulation": 1, "train.log_every": 1, "checkpoint.every": 1, "checkpoint.keep": 1,
+    "guard.spike_factor": 1, "guard.window": 1, "guard.warmup": 1, "guard.patience": 1, "guard.max_rollbacks": 0,
+    "guard.rate_cut": 0,
     "eval.every": 0, "eval.batches": 1, "eval.seq_len": 0, "eval.stride": 0,
     "serve.max_queue": 0, "serve.max_new_tokens": 1, "serve.grace_seconds": 0,
 }  # fmt: skip
 AT_MOST: dict[str, float] = {
     "data.holdout_fraction": 1, "data.near_duplicate_jaccard": 1, "optim.decay_fraction": 1, "optim.end_fraction": 1,
-    "optim.b1": 1, "optim.b2": 1, "optim.muon_momentum": 1,
+    "optim.b1": 1, "optim.b2": 1, "optim.muon_momentum": 1, "guard.rate_cut": 1,
 }  # fmt: skip
 
 

@@ -131,9 +131,14 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """What to do about steps that go wrong."""
+    """What to do about steps that go wrong: single ones are skipped on the device, lasting trouble is rolled back."""
 
-    nonfinite: Literal["stop", "skip"] = "stop"
+    spike_factor: float = 5.0  # a gradient norm above this many times its running median is skipped
+    window: int = 128  # accepted steps in that median
+    warmup: int = 20  # accepted steps before spikes are looked for
+    patience: int = 50  # bad steps in a row until the run is rolled back to its last good checkpoint
+    max_rollbacks: int = 3  # then the run stops
+    rate_cut: float = 0.3  # share of the learning rate that a roll-back takes away
 
 
 @dataclasses.dataclass(frozen=True)

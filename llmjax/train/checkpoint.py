@@ -93,7 +93,7 @@ class Checkpointer:
         _check_shapes(folder, shapes["progress"], _shapes(_progress(like)))
         params = _restore_item(folder / "params", like.params, mesh)
         progress = _restore_item(folder / "progress", _progress(like), mesh)
-        return Restored(TrainState(progress["step"], params, progress["opt_state"]), meta)
+        return Restored(TrainState(params=params, **progress), meta)
 
     def close(self) -> None:
         """Wait for the last save and end the background threads."""
@@ -148,7 +148,7 @@ def check_meta(meta: Mapping[str, Any], *, tokenizer_hash: str, data_hash: str |
 
 
 def _progress(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state}
+    return {"step": state.step, "opt_state": state.opt_state, "guard": state.guard}
 
 
 def _shapes(tree: Any) -> Shapes:

@@ -61,16 +61,18 @@ def start(run: Run) -> TrainState:
         if run.checkpointer.latest_step() is not None:
             check_meta(read_meta(run.checkpointer.folder), tokenizer_hash=run.meta["tokenizer_hash"],
                        data_hash=run.meta["data_hash"])
-            like = abstract_state(run.model.abstract_params(run.mesh), optimizer)
+            like = abstract_state(run.model.abstract_params(run.mesh), optimizer, config.guard)
             return run.checkpointer.restore(like, mesh=run.mesh).state
-        return jax.jit(functools.partial(init_state, optimizer=optimizer), donate_argnums=0)(run.initial_params())
+        fresh = functools.partial(init_state, optimizer=optimizer, guard=config.guard)
+        return jax.jit(fresh, donate_argnums=0)(run.initial_params())
 
 
 def compile_step(run: Run) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step of a run, its state donated."""
     config = run.config
     settings = StepSettings(accumulation=config.train.accumulation, clip_norm=config.optim.clip_norm,
-                            seed=config.train.seed, schedule=make_schedule(config.optim, steps=config.train.steps))
+                            seed=config.train.seed, schedule=make_schedule(config.optim, steps=config.train.steps),
+                            guard=config.guard)
     optimizer = build_optimizer(config.optim, steps=config.train.steps, axes=run.model.axes)
     return jax.jit(make_train_step(run.model, run.task.loss, optimizer, settings=settings), donate_argnums=0)
 
@@ -78,7 +80,7 @@ def compile_step(run: Run) -> Callable[..., tuple[TrainState, dict[str, jax.Arra
 def fit(run: Run, state: TrainState, *, writer: Writer, progress: ProgressLine) -> TrainState:
     """Train from `state` to the last step; saves on the way and at the end.
 
-    Raises RunError when a loss is not finite (guard.nonfinite="stop") and RestartRequested on SIGTERM, both after
+    Raises RunError when a loss is not finite and stays so and RestartRequested on SIGTERM, both after
     whatever could be saved was saved.
     """
     first = int(state.step)
@@ -97,7 +99,8 @@ def fit(run: Run, state: TrainState, *, writer: Writer, progress: ProgressLine) 
                     writer.write(step, hook.call(step, state))
             if run.checkpointer.due(step) or step == run.last_step or signals.received:
                 report.now()  # a step that went wrong must not be saved
-                run.checkpointer.save(step, state, {**run.meta, "step": step})
+                if not report.streak or step == run.last_step:
+                    run.checkpointer.save(step, state, {**run.meta, "step": step})
             if signals.received:
                 _stop(run, step, signals.received)
         run.checkpointer.wait()
@@ -123,6 +126,7 @@ class Reporter:
         self._since = time.monotonic()
         self._timed = first_step + 1  # the first step compiles: it is left out of the rate
         self.last: dict[str, float] = {}
+        self.streak = 0  # steps skipped in a row
 
     def later(self, step: int, metrics: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> None:
         """Take the metrics of a step that was just dispatched, and report those of the one before."""
@@ -137,8 +141,11 @@ class Reporter:
         step, metrics = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        if not values.pop("finite"):
-            self._not_finite(step, values)
+        del values["finite"]
+        self.streak = 0 if values.pop("accepted") else self.streak + 1
+        if self.streak:
+            self._skipped(step, values)
+        del values["grad_norm_median"]
         due = step % self._run.config.train.log_every == 0 or step == self._run.last_step
         if step == self._timed:
             self._tokens, self._since = 0, time.monotonic()
@@ -162,16 +169,19 @@ class Reporter:
             rates["mfu"] = rate * per_token / (peak * devices.size)
         return rates
 
-    def _not_finite(self, step: int, values: Mapping[str, float]) -> None:
-        name = "grad_norm" if math.isfinite(values["loss"]) else "loss"
-        text = f"{name} {values[name]} at step {step:,} is not finite; the step was left out"
-        if self._run.config.guard.nonfinite == "skip":
-            self._progress.note(text)
+    def _skipped(self, step: int, values: Mapping[str, float]) -> None:
+        """Say so, and end the run where it does not recover."""
+        config, name = self._run.config, "grad_norm" if math.isfinite(values["loss"]) else "loss"
+        finite = math.isfinite(values[name])
+        why = f"is over {config.guard.spike_factor:g} times its median" if finite else "is not finite"
+        text = f"{name} {values[name]:.4g} at step {step:,} {why}; the step was left out"
+        self._progress.note(text)
+        if self.streak < config.guard.patience and (finite or step < self._run.last_step):
             return
         self._run.checkpointer.wait()
         saved = self._run.checkpointer.latest_step()
         kept = "nothing was saved yet" if saved is None else f"the checkpoint of step {saved:,} is untouched"
-        raise RunError(f"{text}, {kept}: lower optim.learning_rate, or set guard.nonfinite=skip to go on")
+        raise RunError(f"{text}, {kept}: lower optim.learning_rate")
 
 
 class Profiler:

@@ -20,8 +20,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llmjax.core import axes as axes_lib
 from llmjax.core import collectives
 from llmjax.core.mesh import TOKEN_AXES
+from llmjax.core.sections import GuardConfig
 from llmjax.core.task import Batch, LossFn, LossOutput, Params
 from llmjax.optim.build import clip_by_global_norm
+from llmjax.optim.skip import judge, keep_if
 from llmjax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -36,6 +38,7 @@ class StepSettings:
     clip_norm: float
     seed: int
     schedule: Callable[[jax.Array], jax.Array]  # learning rate by step, for the metrics alone
+    guard: GuardConfig = GuardConfig()
 
 
 def batch_specs(batch: Mapping[str, Any]) -> dict[str, PartitionSpec]:
@@ -104,8 +107,8 @@ def make_train_step(model: Any, loss: LossFn, optimizer: optax.GradientTransform
                     settings: StepSettings) -> StepFn:
     """The pure step; `jax.jit` it with the state donated, under the mesh.
 
-    Metrics are scalars: loss and the task's own (means over real tokens), grad_norm, learning_rate, weight, finite.
-    A step whose loss or gradient is not finite leaves parameters and moments as they were.
+    Metrics are scalars: loss and the task's own (means over real tokens), grad_norm and the median it was measured by,
+    learning_rate, weight, finite, accepted. A step that is not accepted leaves parameters and moments as they were.
     """
     loss_and_grad = make_loss_and_grad(model, loss, num_microbatches=settings.accumulation)
 
@@ -115,16 +118,18 @@ def make_train_step(model: Any, loss: LossFn, optimizer: optax.GradientTransform
         weight = jnp.maximum(out.weight, 1.0)
         grads = jax.tree.map(lambda grad: grad / weight, grads)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(out.loss_sum)
+        verdict = judge(state.guard, settings.guard, loss=out.loss_sum, grad_norm=grad_norm)
         grads = clip_by_global_norm(grads, grad_norm, max_norm=settings.clip_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda update: update * state.guard.rate_scale.astype(update.dtype), updates)
         stepped = (optax.apply_updates(state.params, updates), opt_state)
-        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped,
-                                         (state.params, state.opt_state))
-        metrics = {"loss": out.loss_sum / weight, "grad_norm": grad_norm, "weight": out.weight,
-                   "learning_rate": jnp.asarray(settings.schedule(state.step), jnp.float32), "finite": finite}
+        params, opt_state = keep_if(verdict.accept, stepped, (state.params, state.opt_state))
+        # The optimiser counts accepted steps, and so its schedule does.
+        rate = jnp.asarray(settings.schedule(state.guard.accepted), jnp.float32) * state.guard.rate_scale
+        metrics = {"loss": out.loss_sum / weight, "grad_norm": grad_norm, "grad_norm_median": verdict.median,
+                   "weight": out.weight, "learning_rate": rate, "finite": verdict.finite, "accepted": verdict.accept}
         metrics |= {name: value / weight for name, value in out.metrics.items()}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, verdict.state), metrics
 
     return train_step
 

@@ -193,7 +193,8 @@ from llmjax.train.state import TrainState
 checkpointer = Checkpointer(Path(sys.argv[1]), every=1, keep=2)
 for step in (1, 2):
     params = {"w": jax.device_put(np.random.default_rng(step).standard_normal(4_000_000).astype(np.float32))}
-    checkpointer.save(step, TrainState(step=jax.numpy.int32(step), params=params, opt_state=()), {"step": step})
+    state = TrainState(step=jax.numpy.int32(step), params=params, opt_state=(), guard=())
+    checkpointer.save(step, state, {"step": step})
     if step == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     checkpointer.wait()
@@ -210,7 +211,7 @@ def test_killed_while_saving(tmp_path):
     with Checkpointer(folder, every=1, keep=2) as checkpointer:
         assert [path.name for path in folder.iterdir()] == ["1"]
         empty = {"w": jnp.zeros(4_000_000)}
-        restored = checkpointer.restore(TrainState(step=jnp.int32(0), params=empty, opt_state=()))
+        restored = checkpointer.restore(TrainState(step=jnp.int32(0), params=empty, opt_state=(), guard=()))
     wanted = np.random.default_rng(1).standard_normal(4_000_000).astype(np.float32)
     np.testing.assert_array_equal(restored.state.params["w"], wanted)
     assert restored.meta == {"step": 1}

@@ -184,32 +184,33 @@ def test_other_data_or_another_tokenizer_is_refused(data: Path, tmp_path: Path) 
         assert run.checkpointer.latest_step() == 3
 
 
-def poisoned(data: Path, *, at: int) -> Task:
-    """The task with one batch whose weights are not finite."""
+def poisoned(data: Path, *, at: tuple[int, ...]) -> Task:
+    """The task with batches whose weights are not finite."""
     task = pretrain.make_task(CONFIG, data=data)
 
     def batches(*, start_step: int) -> Iterator[Batch]:
         for step, batch in enumerate(task.batches(start_step=start_step), start=start_step + 1):
-            yield {**batch, "weights_BT": batch["weights_BT"] * np.float32(np.nan if step == at else 1)}
+            yield {**batch, "weights_BT": batch["weights_BT"] * np.float32(np.nan if step in at else 1)}
 
     return dataclasses.replace(task, batches=batches)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> None:
-    run = make_run(CONFIG, tmp_path, data, task=poisoned(data, at=5))
-    with pytest.raises(RunError, match=r"at step 5 is not finite.*checkpoint of step 3 is untouched.*learning_rate"):
+def test_a_run_that_does_not_recover_stops(data: Path, tmp_path: Path) -> None:
+    config = change(CONFIG, guard={"patience": 2})
+    run = make_run(config, tmp_path, data, task=poisoned(data, at=(5, 6)))
+    with pytest.raises(RunError, match=r"at step 6 is not finite.*checkpoint of step 3 is untouched.*learning_rate"):
         train(run, tmp_path)
-    state = train(make_run(CONFIG, tmp_path, data), tmp_path)  # the good batches again
+    state = train(make_run(config, tmp_path, data), tmp_path)  # the good batches again
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-def test_it_can_be_told_to_skip_such_a_step(data: Path, tmp_path: Path) -> None:
-    config = change(CONFIG, guard={"nonfinite": "skip"})
+def test_one_bad_batch_costs_one_step(data: Path, tmp_path: Path) -> None:
     screen = io.StringIO()
-    state = train(make_run(config, tmp_path, data, task=poisoned(data, at=5)), tmp_path, screen=screen)
+    state = train(make_run(CONFIG, tmp_path, data, task=poisoned(data, at=(5,))), tmp_path, screen=screen)
     losses = metrics(tmp_path)["loss"]
     assert np.isnan(losses[4]) and np.isfinite(np.delete(losses, 4)).all()
-    assert int(state.step) == 6 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert int(state.step) == 6 and int(state.guard.accepted) == 5
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     assert "step 5 is not finite; the step was left out" in screen.getvalue()
 
 
