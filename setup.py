@@ -27,6 +27,7 @@ CORE = [
     "sentencepiece>=0.2.1",
     "protobuf>=5",
     "tokenizers>=0.22",
+    "tiktoken>=0.12",
     "jinja2>=3.1",
     "pyarrow>=20",
     "xxhash>=3.5",

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmjax.data.tokenizer import (
-    CONFIG_FILE,
+from llmjax.data.tokenizer import CONFIG_FILE, Tokenizer
+from llmjax.data.tokenizer_backends import (
     CUT_PATTERNS,
     HUGGINGFACE_FILE,
     SENTENCEPIECE_FILE,
     SPACE_MARK,
     SPECIAL_PIECES,
-    Tokenizer,
     model_kind,
 )  # fmt: skip
 

@@ -53,10 +53,13 @@ class ModelConfig:
 class TokenizerConfig:
     """Which tokenizer to load, or how to train one when `path` is empty."""
 
-    path: str = ""  # a tokenizer folder or workdir; empty: train on the corpus
-    kind: Literal["bpe", "unigram"] = "bpe"
+    path: str = ""  # a tokenizer folder, a workdir or tiktoken:NAME; empty: train on the corpus
+    kind: Literal["bpe", "unigram", "byte_bpe"] = "bpe"  # SentencePiece's two, or BPE over bytes
     vocab_size: int = 2048
     train_bytes: int = 8_000_000  # how much text the trainer sees
+    extend_by: int = 0  # pieces learnt on the corpus beyond those of `path`; old ids stay as they are
+    min_bytes_per_token: float = 1.2  # of any language or source in the report, below which a tokenizer is refused
+    max_fertility: float = 0.0  # tokens a word, the same; 0: no limit
 
 
 @dataclasses.dataclass(frozen=True)

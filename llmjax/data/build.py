@@ -29,7 +29,7 @@ from llmjax.data.manifest import Manifest, SourceCounts
 from llmjax.data.progress import Progress, quiet
 from llmjax.data.read import Document, Removal
 from llmjax.data.registry import Source, find_sources
-from llmjax.data.tokenizer import Tokenizer, train_tokenizer
+from llmjax.data.tokenizer import Tokenizer, take_tokenizer, train_tokenizer
 
 PARTIAL = ".data.partial"
 ENCODE_DOCUMENTS = 64  # encoded together: enough for the tokenizer's threads, little memory
@@ -39,7 +39,7 @@ ROW_GROUP = 1024  # documents in a Parquet row group
 _BATCHING = {"path", "seq_len", "batch_size", "shuffle_seed"}
 # What shapes the folder beside the config: our modules and the libraries.
 _CODE = ("registry.py", "read.py", "clean.py", "shingles.py", "dedup.py", "curate.py", "tokenizer.py",
-         "tokenizer_train.py", "shards.py", "build.py")
+         "tokenizer_backends.py", "tokenizer_train.py", "tokenizer_extend.py", "byte_level.py", "shards.py", "build.py")
 _VERSIONED = ("numpy", "pyarrow", "sentencepiece", "xxhash")
 
 
@@ -146,13 +146,10 @@ def _write(corpus: Corpus, sources: list[Source], config: TokenizerConfig, folde
 def make_tokenizer(documents: list[Document], config: TokenizerConfig, folder: Path, progress: Progress) -> Tokenizer:
     """The configured tokenizer, saved in `folder`; a new one learns from training documents alone."""
     progress("tokenizer", 0.0)
-    if config.path:
-        tokenizer = Tokenizer.load(Path(config.path))
-        tokenizer.save(folder)
-    else:
-        # In the order of their hashes, whatever prefix the trainer reads is a fair sample of all sources.
-        shuffled = sorted(documents, key=lambda document: document.doc_id)
-        tokenizer = train_tokenizer((document.text for document in shuffled), config, folder)
+    # In the order of their hashes, whatever prefix the trainer reads is a fair sample of all sources.
+    shuffled = sorted(documents, key=lambda document: document.doc_id)
+    make = take_tokenizer if config.path else train_tokenizer
+    tokenizer = make((document.text for document in shuffled), config, folder)
     progress("tokenizer", 1.0, f"{tokenizer.vocab_size:,} pieces, {'loaded' if config.path else 'trained'}")
     return tokenizer
 

@@ -1,9 +1,9 @@
-"""Training of SentencePiece models (Kudo and Richardson, 2018) on words cut so that code compresses well.
+"""Training of tokenizers on words cut so that code compresses well: SentencePiece models and byte-level BPE.
 
-The words come from our own cutting, counted, because SentencePiece's trainer allows neither a tab in a piece nor a
-space at its end: here a line break takes the punctuation before it and the indentation and word after it,
-`):\\n    return`. Stand-ins from the private use area carry spaces, breaks and tabs past the trainer and are put back
-in the model.
+For SentencePiece (Kudo and Richardson, 2018) the words come from our own cutting, counted, because its trainer allows
+neither a tab in a piece nor a space at its end: here a line break takes the punctuation before it and the indentation
+and word after it, `):\\n    return`. Stand-ins from the private use area carry spaces, breaks and tabs past the trainer
+and are put back in the model.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import collections
 import hashlib
 import heapq
 import io
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from llmjax.core.errors import ConfigError, LlmjaxError, RunError
 from llmjax.core.sections import TokenizerConfig
+from llmjax.data import byte_level
+from llmjax.data.tokenizer_backends import SPECIAL_PIECES
 
 _STAND_INS = {" ": "\ue000", "\n": "\ue001", "\t": "\ue002"}
 _TO_STAND_INS = str.maketrans(_STAND_INS)
@@ -32,17 +35,50 @@ _WORD = re.compile(
     r"| ?[^\w\s]{1,32}"
     r"|\s+"
 )
+NO_TEXT = "tokenizer: there is no text to train on; give data.sources that hold some"
 _SCORE_STEP = 2.0**-9  # unigram scores are multiples of it: sums down to -2**15 are exact in float32
 _MAX_WORDS = 1 << 16  # rarer ones cost time and teach little
 _PIECE_CHARS = 1 << 16  # documents are sampled in pieces of this many characters
 
 
-def train_model(texts: Iterable[str], config: TokenizerConfig) -> bytes:
+def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig) -> bytes:
     """A serialised SentencePiece model: reversible, no normalisation, bytes for characters it does not know."""
     words = count_words(sample(texts, max_chars=config.train_bytes))
     if not words:
-        raise RunError("tokenizer: there is no text to train on; give data.sources that hold some")
+        raise RunError(NO_TEXT)
     return _finish(_train(words, config), config)
+
+
+def train_byte_level(texts: Iterable[str], config: TokenizerConfig) -> bytes:
+    """A `tokenizer.json` of byte-level BPE (Radford et al., 2019): every byte is a piece, so nothing is unknown."""
+    import tokenizers
+
+    least = len(SPECIAL_PIECES) + 256
+    if config.vocab_size < least:
+        raise ConfigError(f"tokenizer.vocab_size={config.vocab_size}: at least {least} is needed, for every byte")
+    picked = sorted(sample(texts, max_chars=config.train_bytes))
+    if not any(picked):
+        raise RunError(NO_TEXT)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(byte_level.WORD_PATTERN), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=config.vocab_size, special_tokens=list(SPECIAL_PIECES), show_progress=False, min_frequency=2,
+        initial_alphabet=byte_level.byte_characters(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(picked, trainer)
+    vocab = json.loads(tokenizer.to_str())["model"]["vocab"]
+    ranks = {byte_level.to_bytes(piece): rank for piece, rank in vocab.items() if rank >= len(SPECIAL_PIECES)}
+    specials = {piece: index for index, piece in enumerate(SPECIAL_PIECES)}
+    definition = byte_level.definition(ranks, pattern=byte_level.WORD_PATTERN, specials=specials)
+    return json.dumps(definition, ensure_ascii=False).encode()
+
+
+TRAINERS: dict[str, Callable[[Iterable[str], TokenizerConfig], bytes]] = {
+    "bpe": train_sentencepiece, "unigram": train_sentencepiece, "byte_bpe": train_byte_level,
+}  # fmt: skip
 
 
 def sample(texts: Iterable[str], *, max_chars: int) -> list[str]:
