@@ -1,0 +1,18 @@
+"""One matmul with a different weight for each group of rows: the experts of a dropless mixture."""
+
+from __future__ import annotations
+
+import jax
+
+from llmjax.kernels.grouped_matmul import blocks, xla
+
+
+def grouped_matmul(x_TI: jax.Array, w_EIO: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """Rows (T, I) sorted by group, times their group's weight (E, I, O): (T, O) in the dtype of the rows.
+
+    `group_sizes_E` (int32) adds up to at most T; what rows beyond the last group give is zero. Letters: T rows,
+    I inputs, O outputs, E groups.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    implementation = xla if device is not None and device.platform == "tpu" else blocks
+    return implementation.grouped_matmul(x_TI, w_EIO, group_sizes_E)
