@@ -84,7 +84,7 @@ def llmjax_step(precision: str, sizes: dict[str, int]) -> Callable[[], float]:
     mesh, model = make_mesh(MeshConfig(**sizes)), abstract_model(config)
     optimizer = build_optimizer(optim, steps=1000, axes=model.axes)
     settings = StepSettings(1, clip_norm=1.0, seed=0, schedule=make_schedule(optim, steps=1000))
-    train_step = jax.jit(make_train_step(model, make_loss(TaskConfig(), remat="none"), optimizer, settings=settings),
+    train_step = jax.jit(make_train_step(model, make_loss(TaskConfig()), optimizer, settings=settings),
                          donate_argnums=0)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda params: init_state(params, optimizer))(init_params(config, jax.random.key(0), mesh))

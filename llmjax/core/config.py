@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.files import write_json
-from llmjax.core.sections import Config
+from llmjax.core.sections import AXIS_NAMES, Config
 
 CONFIG_FILE = "config.json"
 
@@ -38,7 +38,8 @@ AT_LEAST: dict[str, float] = {
     "optim.end_fraction": 0, "optim.b1": 0, "optim.b2": 0, "optim.eps": 0, "optim.weight_decay": 0,
     "optim.clip_norm": 0, "optim.muon_momentum": 0,
     "task.beta": 0, "task.z_loss": 0,
-    "train.steps": 1, "train.accumulation": 1, "train.log_every": 1, "checkpoint.every": 1, "checkpoint.keep": 1,
+    "train.steps": 1, "train.accumulation": 1, "train.log_every": 1, "mesh.rounds": 1,
+    "checkpoint.every": 1, "checkpoint.keep": 1,
     "guard.spike_factor": 1, "guard.window": 1, "guard.warmup": 1, "guard.patience": 1, "guard.max_rollbacks": 0,
     "guard.rate_cut": 0,
     "eval.every": 0, "eval.batches": 1, "eval.seq_len": 0, "eval.stride": 0,
@@ -282,7 +283,7 @@ def _check_sizes(config: Config) -> None:
 
 
 def _check_mesh(config: Config) -> None:
-    sizes = dataclasses.asdict(config.mesh)
+    sizes = {axis: getattr(config.mesh, axis) for axis in AXIS_NAMES}
     for axis, size in sizes.items():
         if size < 1 and size != -1:
             raise ConfigError(f"mesh.{axis}={size}: a size is at least 1, or -1 for what is left")

@@ -79,9 +79,13 @@ class DataConfig:
     shuffle_seed: int = 0
 
 
+# Slowest interconnect first: slices talk over the data-centre network, tensor-parallel neighbours over the fastest.
+AXIS_NAMES = ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1 and takes what is left."""
+    """Sizes of the mesh axes, of which one may be -1 and takes what is left, and what travels over them."""
 
     slice: int = 1
     stage: int = 1
@@ -90,6 +94,11 @@ class MeshConfig:
     expert: int = 1
     context: int = 1
     tensor: int = 1
+    shard: Literal["parameters", "gradients", "optimizer", "nothing"] = "parameters"  # fsdp as ZeRO-3, 2, 1 or none
+    context_method: Literal["ring", "all_gather", "ulysses"] = "ring"  # how queries meet the keys of other shards
+    schedule: Literal["gpipe", "circular"] = "gpipe"  # of train.accumulation microbatches through the stages
+    rounds: int = 1  # circular: how often a microbatch passes every stage
+    torus: str = ""  # of the chips, as in 4x4x4, along which a large fsdp axis is split; empty: asked of the devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +126,8 @@ class TrainConfig:
 
     steps: int = 1000
     accumulation: int = 1  # microbatches a step
-    remat: Literal["none", "full", "save_matmuls"] = "none"
+    remat: Literal["none", "full", "save_matmuls", "save_names", "offload"] = "none"  # what waits for the derivative
+    remat_names: str = "block_input"  # comma-separated; what `save_names` keeps and `offload` moves to host memory
     seed: int = 0
     init_from: str = ""  # workdir (or import-hf output) whose weights to start from
     log_every: int = 10

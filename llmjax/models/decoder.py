@@ -24,11 +24,7 @@ from llmjax.models.attention import Attention, AttentionInputs, LayerCache
 from llmjax.models.cache import Cache
 from llmjax.models.layers import MLP, Embedder, Head, RMSNorm
 from llmjax.models.param import logical_axes, stack, weight
-
-REMAT_POLICIES = {
-    "full": None,  # keep the input of each block alone
-    "save_matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+from llmjax.models.stack import Execution, run_layers
 
 
 class Block(nnx.Module):
@@ -59,18 +55,18 @@ class Decoder(nnx.Module):
             self.head = Head(config, rngs)
 
     def __call__(self, tokens_BT: jax.Array, *, positions_BT: jax.Array, segment_ids_BT: jax.Array,
-                 cache: Cache | None, remat: str) -> tuple[jax.Array, Cache | None]:
+                 cache: Cache | None, execution: Execution) -> tuple[jax.Array, Cache | None]:
         shared, cache = self._shared(positions_BT, segment_ids_BT, cache)
         blockdef, stacked = nnx.split(self.blocks)
 
-        def apply_block(x_BTD: jax.Array, layer: tuple[Any, LayerCache | None]) -> tuple[jax.Array, LayerCache | None]:
+        def apply_block(x_BTD: jax.Array, layer: tuple[Any, LayerCache | None],
+                        shared: AttentionInputs) -> tuple[jax.Array, LayerCache | None]:
             params, layer_cache = layer
             return nnx.merge(blockdef, params)(x_BTD, shared, layer_cache)
 
-        if remat != "none":
-            apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
         layer_caches = LayerCache(cache.k_LBSKH, cache.v_LBSKH) if cache else None
-        x_BTD, layer_caches = lax.scan(apply_block, self.embedder(tokens_BT), (stacked, layer_caches))
+        x_BTD, layer_caches = run_layers(apply_block, self.embedder(tokens_BT), (stacked, layer_caches), shared,
+                                         execution=execution)
         if cache and layer_caches:
             cache = dataclasses.replace(cache, k_LBSKH=layer_caches.k_BSKH, v_LBSKH=layer_caches.v_BSKH)
         return self.final_norm(x_BTD), cache
@@ -138,10 +134,11 @@ def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None) -> Param
 
 
 def forward(model: Model, params: Params, tokens_BT: jax.Array, *, positions_BT: jax.Array, segment_ids_BT: jax.Array,
-            cache: Cache | None = None, remat: str = "none") -> tuple[jax.Array, Cache | None]:
+            cache: Cache | None = None, execution: Execution = Execution()) -> tuple[jax.Array, Cache | None]:
     """Final hidden states (B, T, D) in compute precision, and the cache with the new tokens in it."""
     decoder = nnx.merge(model.graphdef, params)
-    return decoder(tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache, remat=remat)
+    return decoder(tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache,
+                   execution=execution)
 
 
 def head_kernel(model: Model, params: Params) -> jax.Array:

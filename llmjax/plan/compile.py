@@ -14,6 +14,7 @@ from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.mesh import check_fits, make_mesh
 from llmjax.core.sections import Config
 from llmjax.models.decoder import abstract_model
+from llmjax.models.stack import execution_of
 from llmjax.optim.build import build_optimizer
 from llmjax.optim.schedule import make_schedule
 from llmjax.plan.topology import Topology
@@ -79,7 +80,7 @@ def abstract_step(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
         seed=config.train.seed,
         schedule=make_schedule(config.optim, steps=config.train.steps),
     )
-    step = make_train_step(model, make_loss(config.task, remat=config.train.remat), optimizer, settings=settings)
+    step = make_train_step(model, make_loss(config.task, execution=execution_of(config)), optimizer, settings=settings)
     state = abstract_state(model.abstract_params(mesh), optimizer)
     return step, (state, {}, abstract_batch(config, mesh))
 

@@ -19,6 +19,7 @@ from llmjax.data import preference
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.kernels.cross_entropy import api as cross_entropy
 from llmjax.models.decoder import Model, forward, head_kernel
+from llmjax.models.stack import Execution, execution_of
 from llmjax.post.corpus_examples import preference_examples
 from llmjax.post.sources import example_files
 
@@ -34,30 +35,31 @@ def make_task(config: Config, *, workdir: Path, tokenizer: Tokenizer, reference:
     batches = functools.partial(preference.batches, store, seq_len=config.data.seq_len,
                                 batch_size=config.data.batch_size, seed=config.data.shuffle_seed,
                                 process_index=process_index, process_count=process_count)
-    return Task(batches=batches, loss=make_loss(config.task, remat=config.train.remat),
+    return Task(batches=batches, loss=make_loss(config.task, execution=execution_of(config)),
                 frozen={"reference": reference})
 
 
-def make_loss(config: TaskConfig, *, remat: str) -> LossFn:
+def make_loss(config: TaskConfig, *, execution: Execution = Execution()) -> LossFn:
     """The loss of a microbatch of pairs; `frozen["reference"]` is the policy it all started from."""
 
     def loss(model: Model, params: Params, frozen: Params, batch: Mapping[str, jax.Array],
              key: jax.Array) -> LossOutput:
         del key
-        policy_BP = answer_log_probs(model, params, batch, remat=remat)
-        reference_BP = answer_log_probs(model, jax.lax.stop_gradient(frozen["reference"]), batch, remat="none")
+        policy_BP = answer_log_probs(model, params, batch, execution=execution)
+        reference_BP = answer_log_probs(model, jax.lax.stop_gradient(frozen["reference"]), batch, execution=execution)
         real_B = (jnp.sum(batch["weights_BPT"], axis=(1, 2)) > 0).astype(jnp.float32)
         return preference_loss(policy_BP, reference_BP, real_B, beta=config.beta)
 
     return loss
 
 
-def answer_log_probs(model: Model, params: Params, batch: Mapping[str, jax.Array], *, remat: str) -> jax.Array:
+def answer_log_probs(model: Model, params: Params, batch: Mapping[str, jax.Array], *,
+                     execution: Execution) -> jax.Array:
     """log p(answer | prompt), (B, P) in float32: the sum over the tokens whose weight is 1."""
     B, P, T = batch["tokens_BPT"].shape
     rows = {name: batch[f"{name}_BPT"].reshape(B * P, T) for name in ("tokens", "positions", "segment_ids")}
     hidden_BTD, _ = forward(model, params, rows["tokens"], positions_BT=rows["positions"],
-                            segment_ids_BT=rows["segment_ids"], remat=remat)
+                            segment_ids_BT=rows["segment_ids"], execution=execution)
     loss = cross_entropy.linear_cross_entropy(hidden_BTD.reshape(B * P * T, -1), head_kernel(model, params),
                                               batch["targets_BPT"].reshape(-1))
     return -jnp.sum(loss.nll_T.reshape(B, P, T) * batch["weights_BPT"], axis=-1)

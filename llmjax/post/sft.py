@@ -11,6 +11,7 @@ from llmjax.data import loader
 from llmjax.data.examples import chat_store
 from llmjax.data.pack import pack_plan
 from llmjax.data.tokenizer import Tokenizer
+from llmjax.models.stack import execution_of
 from llmjax.post.corpus_examples import chat_examples
 from llmjax.post.sources import example_files
 from llmjax.train import pretrain
@@ -25,4 +26,4 @@ def make_task(config: Config, *, workdir: Path, tokenizer: Tokenizer, process_in
     plan = pack_plan(store.lengths, seq_len=config.data.seq_len, seed=config.data.shuffle_seed, method="best_fit")
     batches = functools.partial(loader.batches, store, plan, batch_size=config.data.batch_size,
                                 seed=config.data.shuffle_seed, process_index=process_index, process_count=process_count)
-    return Task(batches=batches, loss=pretrain.make_loss(config.task, remat=config.train.remat))
+    return Task(batches=batches, loss=pretrain.make_loss(config.task, execution=execution_of(config)))

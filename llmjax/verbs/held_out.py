@@ -17,6 +17,7 @@ from llmjax.data.shards import Document, TokenStore, write_store
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.evals.run import read_holdout
 from llmjax.models.decoder import Model
+from llmjax.models.stack import execution_of
 from llmjax.train import pretrain
 from llmjax.train.state import TrainState
 from llmjax.train.step import make_eval_step, put_batch
@@ -34,7 +35,7 @@ def make_hook(config: Config, model: Model, *, data: Path, tokenizer: Tokenizer,
     batches = list(itertools.islice(
         loader.batches(store, plan, batch_size=config.data.batch_size, seed=0, process_index=jax.process_index(),
                        process_count=jax.process_count()), config.eval.batches))
-    eval_step = jax.jit(make_eval_step(model, pretrain.make_loss(config.task, remat="none")))
+    eval_step = jax.jit(make_eval_step(model, pretrain.make_loss(config.task, execution=execution_of(config))))
 
     def evaluate(step: int, state: TrainState) -> Mapping[str, float]:
         del step

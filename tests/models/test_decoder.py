@@ -14,6 +14,7 @@ from llmjax.core.mesh import make_mesh
 from llmjax.core.sections import MeshConfig, ModelConfig
 from llmjax.models import decoder
 from llmjax.models.cache import init_cache
+from llmjax.models.stack import Execution
 
 CONFIG = ModelConfig(vocab_size=64, num_layers=2, dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48,
                      compute_dtype="float32", init_scale=0.3)
@@ -82,7 +83,7 @@ def test_rematerialisation_changes_no_gradient(remat: str) -> None:
     cotangent = jax.random.normal(jax.random.key(1), (2, 256, CONFIG.dim))
 
     def scalar(params: dict, remat: str) -> jax.Array:
-        return jnp.mean(decoder.forward(model, params, **batch, remat=remat)[0] * cotangent)
+        return jnp.mean(decoder.forward(model, params, **batch, execution=Execution(remat=remat))[0] * cotangent)
 
     plain, again = jax.grad(scalar)(params, "none"), jax.grad(scalar)(params, remat)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()), plain, again)

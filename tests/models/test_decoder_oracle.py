@@ -92,7 +92,7 @@ def check_loss_and_gradients(pair: Pair, mesh: jax.sharding.Mesh) -> None:
     with jax.set_mesh(mesh):
         shardings = jax.tree.map(lambda leaf: leaf.sharding, pair.model.abstract_params(mesh))
         params = jax.device_put(pair.params, shardings)
-        loss_and_grad = make_loss_and_grad(pair.model, make_loss(TaskConfig(), remat="none"), num_microbatches=1)
+        loss_and_grad = make_loss_and_grad(pair.model, make_loss(TaskConfig()), num_microbatches=1)
         out, grads = jax.jit(loss_and_grad)(params, {}, put_batch(batch(pair.tokens), mesh), jax.random.key(0))
     assert out.weight == NUM_ROWS * SEQ_LEN
     assert float(out.loss_sum / out.weight) == pytest.approx(loss.item(), rel=1e-5)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from llmjax.core.mesh import make_mesh, single_device_mesh
 from llmjax.core.sections import MeshConfig, TaskConfig
 from llmjax.models.decoder import abstract_model, init_params
+from llmjax.models.stack import Execution
 from llmjax.post.dpo import make_loss, preference_loss
 from llmjax.train.step import make_loss_and_grad, put_batch
 from tests.post.tiny import CONFIG, assert_same_gradients, hf_llama, to_ours
@@ -79,7 +80,7 @@ def test_loss_and_gradients_equal_trls(tmp_path: Path) -> None:
     params = to_ours(dict(policy.named_parameters()))
     frozen = {"reference": to_ours(dict(reference.named_parameters()))}
     model, batch = abstract_model(CONFIG), our_batch(PAIRS, seq_len=9)
-    loss = make_loss(TaskConfig(name="dpo", beta=BETA), remat="none")
+    loss = make_loss(TaskConfig(name="dpo", beta=BETA))
 
     def mean_loss(params: Any) -> tuple[jax.Array, Any]:
         out = loss(model, params, frozen, batch, jax.random.key(0))
@@ -96,7 +97,8 @@ def test_loss_and_gradients_equal_trls(tmp_path: Path) -> None:
 
 def test_sharded_pairs_give_the_losses_and_gradients_of_one_device() -> None:
     pairs = [*PAIRS, ([2], [3, 4, 5], [6])]
-    model, loss = abstract_model(CONFIG), make_loss(TaskConfig(name="dpo", beta=BETA), remat="full")
+    model = abstract_model(CONFIG)
+    loss = make_loss(TaskConfig(name="dpo", beta=BETA), execution=Execution(remat="full"))
     loss_and_grad = make_loss_and_grad(model, loss, num_microbatches=1)
     batch = {name: np.asarray(array) for name, array in our_batch(pairs, seq_len=8).items()}
 

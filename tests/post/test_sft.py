@@ -65,7 +65,7 @@ def test_loss_and_gradients_equal_transformers_with_masked_labels() -> None:
         "segment_ids_BT": jnp.ones((2, 10), jnp.int32),
         "weights_BT": jnp.asarray(learnt_BT[:, 1:], jnp.float32),
     }
-    model, loss = abstract_model(CONFIG), pretrain.make_loss(TaskConfig(name="sft"), remat="none")
+    model, loss = abstract_model(CONFIG), pretrain.make_loss(TaskConfig(name="sft"))
 
     def mean_loss(params: Any) -> jax.Array:
         out = loss(model, params, {}, batch, jax.random.key(0))

@@ -48,7 +48,7 @@ def run(mesh: jax.sharding.Mesh, *, config: ModelConfig = CONFIG, optim: OptimCo
     settings = StepSettings(accumulation, clip_norm=1.0, seed=0, schedule=make_schedule(optim, steps=steps))
     with jax.set_mesh(mesh):
         state = init_state(decoder.init_params(config, jax.random.key(0), mesh), optimizer)
-        step_fn = jax.jit(make_train_step(model, pretrain.make_loss(TaskConfig(), remat="none"), optimizer,
+        step_fn = jax.jit(make_train_step(model, pretrain.make_loss(TaskConfig()), optimizer,
                                           settings=settings))
         losses = []
         for step in range(steps):
@@ -61,7 +61,7 @@ def run(mesh: jax.sharding.Mesh, *, config: ModelConfig = CONFIG, optim: OptimCo
 def gradients(mesh: jax.sharding.Mesh, config: ModelConfig, *, num_microbatches: int = 1,
               batch: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
     model = decoder.abstract_model(config)
-    loss_and_grad = make_loss_and_grad(model, pretrain.make_loss(TaskConfig(z_loss=1e-3), remat="none"),
+    loss_and_grad = make_loss_and_grad(model, pretrain.make_loss(TaskConfig(z_loss=1e-3)),
                                        num_microbatches=num_microbatches)
     with jax.set_mesh(mesh):
         params = decoder.init_params(config, jax.random.key(0), mesh)
@@ -122,7 +122,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     mesh, model = single_device_mesh(), decoder.abstract_model(CONFIG)
     optimizer = build_optimizer(OPTIM, steps=2, axes=model.axes)
     settings = StepSettings(1, clip_norm=1.0, seed=0, schedule=make_schedule(OPTIM, steps=2))
-    step = jax.jit(make_train_step(model, pretrain.make_loss(TaskConfig(), remat="none"), optimizer, settings=settings))
+    step = jax.jit(make_train_step(model, pretrain.make_loss(TaskConfig()), optimizer, settings=settings))
     with jax.set_mesh(mesh):
         state = init_state(decoder.init_params(CONFIG, jax.random.key(0), mesh), optimizer)
         bad = batch_of(0)
@@ -136,7 +136,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
 
 
 def test_evaluation_adds_up_what_training_does() -> None:
-    model, loss = decoder.abstract_model(CONFIG), pretrain.make_loss(TaskConfig(), remat="none")
+    model, loss = decoder.abstract_model(CONFIG), pretrain.make_loss(TaskConfig())
     sums = []
     for mesh in (single_device_mesh(), make_mesh(MESHES["mixed"])):
         with jax.set_mesh(mesh):
@@ -150,7 +150,7 @@ def test_evaluation_adds_up_what_training_does() -> None:
 def test_an_idle_batch_divides_by_one() -> None:
     empty = batch_of(0) | {"weights_BT": np.zeros((8, 16), np.float32)}
     model = decoder.abstract_model(CONFIG)
-    loss_and_grad = make_loss_and_grad(model, pretrain.make_loss(TaskConfig(), remat="none"), num_microbatches=1)
+    loss_and_grad = make_loss_and_grad(model, pretrain.make_loss(TaskConfig()), num_microbatches=1)
     mesh = single_device_mesh()
     with jax.set_mesh(mesh):
         params = decoder.init_params(CONFIG, jax.random.key(0), mesh)
