@@ -14,6 +14,7 @@ from llmjax.verbs.common import add_run_arguments, open_run
 
 if TYPE_CHECKING:
     from llmjax.core.sections import Config
+    from llmjax.data.coverage import Sample
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         epilog="example: llmjax tokenizer train --config=configs/quickstart.py --workdir=runs/pieces "
                "--config.tokenizer.vocab_size=4096")
     report = actions.add_parser(
-        "report", help="bytes a token and coverage on held-out documents",
-        description="Encode the held-out documents of a data folder and say, by source, how well the tokenizer fits.",
+        "report", help="bytes a token, tokens a word and round trip on held-out documents",
+        description="Encode the held-out documents of a data folder and say, by source and language, how well the "
+                    "tokenizer fits; fails where text comes back changed or tokenizer.min_bytes_per_token or "
+                    "tokenizer.max_fertility is not met.",
         epilog="example: llmjax tokenizer report --workdir=runs/quickstart")
     for action in (train, report):
         add_run_arguments(action)
@@ -59,30 +62,36 @@ def _train(config: Config, workdir: Path, args: argparse.Namespace) -> int:
 
 def _report(config: Config, workdir: Path, args: argparse.Namespace) -> int:
     from llmjax.data.build import data_folder
-    from llmjax.data.coverage import measure
+    from llmjax.data.coverage import measure, refuse_poor_fit
     from llmjax.data.tokenizer import Tokenizer
 
     folder = data_folder(config.data, workdir)
     tokenizer = Tokenizer.load(folder)
-    sources = measure(tokenizer, _held_out(folder))
-    for source in sources:
-        print(f"{source.source}: {source.documents:,} documents, {source.bytes_per_token:.2f} bytes a token, "
-              f"{source.spelled / source.tokens:.2%} of tokens spell a character by bytes, "
-              f"{source.used:,} of {tokenizer.vocab_size:,} pieces used, {source.unequal} documents come back changed")
+    parts = measure(tokenizer, _held_out(folder))
+    for part in parts:
+        print(f"{part.source}{f' [{part.language}]' if part.language else ''}: {part.documents:,} documents, "
+              f"{part.bytes_per_token:.2f} bytes a token, {part.fertility:.2f} tokens a word, "
+              f"{part.spelled / max(part.tokens, 1):.2%} of tokens spell a character by bytes, "
+              f"{part.used:,} of {tokenizer.vocab_size:,} pieces used, {part.unequal} documents come back changed")
     if args.json:
-        records = [dataclasses.asdict(s) | {"bytes_per_token": s.bytes_per_token} for s in sources]
+        records = [dataclasses.asdict(part) | {"bytes_per_token": part.bytes_per_token, "fertility": part.fertility}
+                   for part in parts]
         print(json.dumps({"vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash, "sources": records}))
+    refuse_poor_fit(parts, config.tokenizer)
     return 0
 
 
-def _held_out(folder: Path) -> Iterator[tuple[str, str]]:
+def _held_out(folder: Path) -> Iterator[Sample]:
     import pyarrow.parquet as pq
+
+    from llmjax.data.coverage import Sample
 
     path = folder / "holdout.parquet"
     if not path.exists():
         raise RunError(f"{path} is missing: run llmjax data build first")
-    for row in pq.read_table(path, columns=["source", "text"]).to_pylist():
-        yield row["source"], row["text"]
+    for batch in pq.ParquetFile(path).iter_batches():
+        for row in batch.to_pylist():
+            yield Sample(row["source"], row.get("language") or "", row["text"])
 
 
 ACTIONS = {"train": _train, "report": _report}

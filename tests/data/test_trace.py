@@ -8,8 +8,7 @@ import pytest
 from llmjax.core.errors import RunError
 from llmjax.core.sections import DataConfig, TokenizerConfig
 from llmjax.data.build import build
-from llmjax.data.coverage import measure
-from llmjax.data.loader import batches
+from llmjax.data.loader import PackedRows, Shuffled, serve
 from llmjax.data.pack import pack_plan
 from llmjax.data.shards import TokenStore
 from llmjax.data.tokenizer import Tokenizer
@@ -34,7 +33,7 @@ def test_segments_are_the_rows_that_the_loader_served(folder):
     config = DataConfig(seq_len=64, batch_size=4, shuffle_seed=3)
     store, tokenizer = TokenStore.open(folder / "shards"), Tokenizer.load(folder)
     plan = pack_plan(store.lengths, seq_len=64, seed=3)
-    served = batches(store, plan, batch_size=4, seed=3)
+    served = serve(Shuffled(PackedRows(store, plan), batch_size=4, seed=3))
     for step, batch in enumerate(itertools.islice(served, 3)):
         segments = batch_segments(folder, config, step=step)
         for row in range(4):
@@ -50,13 +49,3 @@ def test_segments_are_the_rows_that_the_loader_served(folder):
 def test_a_folder_without_data_is_one_clear_error(tmp_path):
     with pytest.raises(RunError, match="no complete token store"):
         batch_segments(tmp_path, DataConfig(), step=0)
-
-
-def test_coverage_counts_bytes_tokens_and_spelled_characters(folder):
-    tokenizer = Tokenizer.load(folder)
-    texts = ["The farmer met the miller.", "Ω and Ж"]
-    known, strange = measure(tokenizer, [("known", texts[0]), ("strange", texts[1])])
-    assert (known.source, known.documents, known.bytes, known.spelled) == ("known", 1, len(texts[0]), 0)
-    assert known.tokens == len(tokenizer.encode(texts[0]))
-    assert (strange.bytes, strange.spelled, strange.unequal) == (9, 4, 0)
-    assert known.bytes_per_token > strange.bytes_per_token
