@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -73,6 +74,12 @@ def read(workdir: Path) -> tuple[Intervention, ...]:
     return tuple(_parse(path, number, line) for number, line in enumerate(whole.splitlines(), start=1))
 
 
+def size(workdir: Path) -> int:
+    """Bytes recorded so far: it grows with every entry."""
+    path = workdir / FILE
+    return path.stat().st_size if path.exists() else 0
+
+
 def _write(path: Path, line: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
@@ -121,3 +128,9 @@ class Timeline:
         """The slot of the batch that the state after `step` steps takes next."""
         first_step, first_slot = self.jumps[bisect.bisect_right(self.jumps, step, key=lambda jump: jump[0]) - 1]
         return first_slot + step - first_step
+
+    def slots(self, steps: range) -> list[range]:
+        """The slots of several steps in a row, as stretches without a jump."""
+        borders = [steps.start, *(step for step, _ in self.jumps if steps.start < step < steps.stop), steps.stop]
+        return [range(self.slot(first), self.slot(first) + end - first)
+                for first, end in itertools.pairwise(borders)]

@@ -1,8 +1,7 @@
-"""Batches of packed rows, an exact function of (store, plan, seed, step) on any number of processes.
+"""Batches of packed rows: a function of (store, plan, seed, interventions, step) on any number of processes.
 
-The rows of the plan stand in one endless order, reshuffled every epoch by a pseudo-random bijection that needs no
-memory (Grain's index shuffle). Global batch s holds places [s * B, (s + 1) * B) of that order and each process reads
-its contiguous share, so the state of the input is one number and resuming costs nothing.
+A stream says which rows make the global batch of a step; each process reads its contiguous share of them, served by
+Grain. So the state of the input is one number, and resuming costs nothing.
 
 Shape letters: B rows of this process, T positions in a row.
 """
@@ -10,14 +9,17 @@ Shape letters: B rows of this process, T positions in a row.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from llmjax.core.errors import ConfigError, RunError
+from llmjax.data import interventions
+from llmjax.data.interventions import Timeline
+from llmjax.data.order import rows_at
 from llmjax.data.pack import PackPlan
 from llmjax.data.shards import TokenStore
 
@@ -72,60 +74,80 @@ class PackedRows:
         batch["weights_BT"][place] = self._store.mask(document, start + 1, stop + 1) if self._store.has_mask else 1
 
 
-def batches(store: TokenStore, plan: PackPlan, *, batch_size: int, seed: int, start_step: int = 0,
-            process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-    """This process's rows of global batches start_step, start_step + 1, ... without end.
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The rows of one global batch."""
 
-    int32 tokens_BT, targets_BT, positions_BT (restarting in each segment) and segment_ids_BT (1.., 0 is padding);
-    float32 weights_BT (0 on padding and on targets that are not learnt).
+    rows: Rows
+    numbers: np.ndarray  # (rows of all processes,) int64
+
+
+class Stream(Protocol):
+    """Which rows are learnt from at which step."""
+
+    def select(self, step: int) -> Selection:
+        """The batch that the state after `step` steps takes next."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffled:
+    """The simplest stream: one set of rows, all of them every epoch, each epoch in an order of its own."""
+
+    rows: Rows
+    batch_size: int
+    seed: int
+    timeline: Timeline = Timeline()
+
+    def select(self, step: int) -> Selection:
+        """Batch n of the endless order, n the slot of this step."""
+        if not len(self.rows):
+            raise RunError("no rows to train on: the corpus is empty, or its documents hold fewer than 2 tokens each")
+        places = self.timeline.slot(step) * self.batch_size + np.arange(self.batch_size)
+        return Selection(self.rows, rows_at(places, len(self.rows), seed=self.seed))
+
+
+def follow(stream: Callable[[Timeline], Stream], *, workdir: Path, start_step: int = 0, process_index: int = 0,
+           process_count: int = 1) -> Iterator[Batch]:
+    """This process's batches of steps start_step, start_step + 1, ... without end.
+
+    Interventions that stand in `workdir` are part of the stream, those recorded while it is read as well.
     """
-    return serve(PackedRows(store, plan), batch_size=batch_size, seed=seed, start_step=start_step,
-                 process_index=process_index, process_count=process_count)
+    step = start_step
+    while True:
+        recorded = interventions.size(workdir)
+        timeline = Timeline.of(interventions.read(workdir))
+        for batch in serve(stream(timeline), start_step=step, process_index=process_index, process_count=process_count):
+            yield batch
+            step += 1
+            if interventions.size(workdir) != recorded:
+                break
 
 
-def serve(rows: Rows, *, batch_size: int, seed: int, start_step: int = 0, process_index: int = 0,
-          process_count: int = 1) -> Iterator[Batch]:
-    """The same over any rows; reads ahead in one thread."""
+def serve(stream: Stream, *, start_step: int = 0, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+    """The batches of a stream, read ahead in one thread."""
     import grain
 
-    if not len(rows):
-        raise RunError("no rows to train on: the corpus is empty, or its documents hold fewer than 2 tokens each")
-    if batch_size % process_count:
-        raise ConfigError(f"data.batch_size={batch_size}: does not divide by {process_count} processes; "
-                          f"the next size that does is {-(-batch_size // process_count) * process_count}")
-    shares = grain.MapDataset.source(_Shares(rows, seed, batch_size // process_count))
-    mine = shares[start_step * process_count + process_index::process_count]
+    size = len(stream.select(start_step).numbers)
+    if size % process_count:
+        raise ConfigError(f"data.batch_size={size}: does not divide by {process_count} processes; "
+                          f"the next size that does is {-(-size // process_count) * process_count}")
+    shares = grain.MapDataset.source(_Shares(stream, process_index, process_count))[start_step:]
     # One thread: reading is memory copies, more of them would fight over the interpreter lock.
-    return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES)))
-
-
-def rows_at(places: range, num_rows: int, *, seed: int) -> np.ndarray:
-    """Row numbers at these places of the endless order; batch s is at places [s * batch_size, (s + 1) * batch_size)."""
-    from grain.experimental import index_shuffle
-
-    rows = np.empty(len(places), np.int64)
-    for i, place in enumerate(places):
-        epoch, index = divmod(place, num_rows)
-        rows[i] = index_shuffle(index, max_index=num_rows - 1, seed=_epoch_seed(seed, epoch), rounds=4)
-    return rows
+    return iter(shares.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shares:
-    """Grain's random-access source: element k is the k-th share of `size` places of the endless order."""
+    """Grain's random-access source: element n is this process's share of the batch of step n."""
 
-    rows: Rows
-    seed: int
-    size: int
+    stream: Stream
+    process_index: int
+    process_count: int
 
     def __len__(self) -> int:
-        return sys.maxsize // self.size
+        return sys.maxsize
 
-    def __getitem__(self, share: int) -> Batch:
-        places = range(share * self.size, (share + 1) * self.size)
-        return self.rows.read(rows_at(places, len(self.rows), seed=self.seed))
-
-
-@functools.lru_cache(maxsize=8)
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, *b"rows"]).generate_state(1)[0])
+    def __getitem__(self, step: int) -> Batch:
+        selection = self.stream.select(step)
+        size = len(selection.numbers) // self.process_count
+        return selection.rows.read(selection.numbers[self.process_index * size:][:size])

@@ -12,11 +12,39 @@ length are placed by one vectorised step, which gives exactly the rows of the it
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 Method = Literal["first_fit", "best_fit"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """Stretches of predictions to pack, of any length; N spans."""
+
+    documents: np.ndarray  # (N,) int64
+    starts: np.ndarray  # (N,) int64
+    lengths: np.ndarray  # (N,) int64
+
+    @classmethod
+    def of_documents(cls, lengths: np.ndarray, documents: np.ndarray | None = None) -> Spans:
+        """Every prediction of these documents (by default all), of `lengths` tokens each."""
+        documents = np.arange(len(lengths)) if documents is None else documents
+        return cls(documents, np.zeros_like(documents), np.maximum(np.asarray(lengths, np.int64) - 1, 0))
+
+    def __getitem__(self, which: np.ndarray) -> Spans:
+        return Spans(self.documents[which], self.starts[which], self.lengths[which])
+
+    def joined(self) -> Spans:
+        """The same predictions in document order, neighbours joined."""
+        spans = self[np.lexsort((self.starts, self.documents))]
+        ends = spans.starts + spans.lengths
+        follows = (spans.documents[1:] == spans.documents[:-1]) & (spans.starts[1:] == ends[:-1])
+        firsts = np.flatnonzero(np.r_[True, ~follows][:len(ends)])
+        lasts = np.r_[firsts[1:] - 1, len(ends) - 1][:len(firsts)]
+        return Spans(spans.documents[firsts], spans.starts[firsts], ends[lasts] - spans.starts[firsts])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +66,11 @@ class PackPlan:
         return int(self.lengths.sum())
 
     @property
+    def row_lengths(self) -> np.ndarray:
+        """(R,) int64: predictions in each row."""
+        return np.diff(np.r_[0, np.cumsum(self.lengths)][self.row_starts])
+
+    @property
     def fill(self) -> float:
         """Share of row positions that hold a prediction."""
         return self.num_predictions / (self.num_rows * self.seq_len)
@@ -53,8 +86,35 @@ class PackPlan:
         return digest.hexdigest()
 
 
+    def spans(self, rows: np.ndarray) -> Spans:
+        """The segments of some rows, (n,) row numbers, in their order."""
+        counts = np.diff(self.row_starts)[rows]
+        first = np.repeat(self.row_starts[rows] - np.cumsum(counts) + counts, counts)
+        segments = first + np.arange(len(first))
+        return Spans(self.documents[segments], self.starts[segments], self.lengths[segments])
+
+    def take(self, rows: np.ndarray) -> PackPlan:
+        """The plan of these rows alone, in their order."""
+        spans = self.spans(rows)
+        row_starts = np.r_[0, np.cumsum(np.diff(self.row_starts)[rows])]
+        return PackPlan(spans.documents, spans.starts, spans.lengths, row_starts, self.seq_len)
+
+
+def join_plans(plans: Sequence[PackPlan]) -> PackPlan:
+    """The rows of several plans of one row length, one plan after the other."""
+    (seq_len,) = {plan.seq_len for plan in plans}
+    sizes = np.concatenate([np.diff(plan.row_starts) for plan in plans])
+    return PackPlan(np.concatenate([plan.documents for plan in plans]), np.concatenate([plan.starts for plan in plans]),
+                    np.concatenate([plan.lengths for plan in plans]), np.r_[0, np.cumsum(sizes)], seq_len)
+
+
 def pack_plan(lengths: np.ndarray, *, seq_len: int, seed: int, method: Method = "first_fit") -> PackPlan:
-    """Pack documents of `lengths` tokens into rows of `seq_len` predictions; the same arguments give the same plan.
+    """Pack documents of `lengths` tokens into rows of `seq_len` predictions; the same arguments give the same plan."""
+    return pack_spans(Spans.of_documents(lengths), seq_len=seq_len, seed=seed, method=method)
+
+
+def pack_spans(spans: Spans, *, seq_len: int, seed: int, method: Method = "first_fit") -> PackPlan:
+    """Pack stretches of documents; those longer than a row are cut.
 
     `best_fit` puts a piece where it leaves the least room, `first_fit` into the first row with room. The seed decides
     which of the pieces of equal length go together and the order of the segments inside a row.
@@ -62,24 +122,24 @@ def pack_plan(lengths: np.ndarray, *, seq_len: int, seed: int, method: Method = 
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len}: a row holds at least 1 prediction")
     rng = np.random.default_rng([seed, *b"pack"])  # the name keeps streams of one seed apart
-    documents, starts, sizes = _pieces(np.asarray(lengths, np.int64), seq_len)
+    pieces = _cut(spans, seq_len)
+    sizes = pieces.lengths
     longest_first = rng.permutation(len(sizes))
     longest_first = longest_first[np.argsort(-sizes[longest_first], kind="stable")]
     rows = np.empty(len(sizes), np.int64)
     rows[longest_first] = _place(sizes[longest_first], seq_len, method)
     order = np.lexsort((rng.random(len(sizes)), rows))  # by row, segments inside it shuffled
     row_starts = np.searchsorted(rows[order], np.arange(rows.max(initial=-1) + 2))
-    return PackPlan(documents[order], starts[order], sizes[order], row_starts, seq_len)
+    return PackPlan(pieces.documents[order], pieces.starts[order], sizes[order], row_starts, seq_len)
 
 
-def _pieces(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut documents into pieces of at most `seq_len` predictions: (S,) documents, starts and sizes."""
-    predictions = np.maximum(lengths - 1, 0)
-    counts = -(-predictions // seq_len)
-    documents = np.repeat(np.arange(len(lengths)), counts)
-    number = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = number * seq_len
-    return documents, starts, np.minimum(predictions[documents] - starts, seq_len)
+def _cut(spans: Spans, seq_len: int) -> Spans:
+    """The same predictions in pieces of at most `seq_len`."""
+    counts = -(-spans.lengths // seq_len)
+    source = np.repeat(np.arange(len(counts)), counts)
+    offsets = seq_len * (np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts))
+    return Spans(spans.documents[source], spans.starts[source] + offsets,
+                 np.minimum(spans.lengths[source] - offsets, seq_len))
 
 
 def _place(sizes: np.ndarray, seq_len: int, method: Method) -> np.ndarray:

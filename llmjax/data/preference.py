@@ -23,7 +23,7 @@ import numpy as np
 
 from llmjax.data.chat import EncodedChat, check_messages, encode_chat
 from llmjax.data.examples import Line, cached_store, encode_completion, example_id, read_lines
-from llmjax.data.loader import Batch, serve
+from llmjax.data.loader import Batch
 from llmjax.data.shards import Document, TokenStore
 
 if TYPE_CHECKING:
@@ -44,18 +44,11 @@ def preference_store(paths: Sequence[Path], tokenizer: Tokenizer, folder: Path) 
     return cached_store(folder, paths, tokenizer, lambda: _documents(paths, tokenizer))
 
 
-def batches(store: TokenStore, *, seq_len: int, batch_size: int, seed: int, start_step: int = 0, process_index: int = 0,
-            process_count: int = 1) -> Iterator[Batch]:
-    """This process's pairs of global batches start_step, start_step + 1, ...; exact like `loader.batches`.
+class PairRows:
+    """The pairs of a store, truncated and padded to `seq_len` predictions.
 
     int32 tokens_BPT, targets_BPT, positions_BPT, segment_ids_BPT (1, and 0 on padding), float32 weights_BPT.
     """
-    return serve(PairRows(store, seq_len=seq_len), batch_size=batch_size, seed=seed, start_step=start_step,
-                 process_index=process_index, process_count=process_count)
-
-
-class PairRows:
-    """The pairs of a store, truncated and padded to `seq_len` predictions."""
 
     def __init__(self, store: TokenStore, *, seq_len: int):
         self._store, self._seq_len = store, seq_len

@@ -113,6 +113,11 @@ class TokenStore:
         """(documents,) int64: tokens of each document."""
         return np.concatenate([np.diff(offsets) for offsets in self._offsets])
 
+    @property
+    def shard_tokens(self) -> list[np.ndarray]:
+        """The tokens of each shard, one document after the other, as views of the files."""
+        return self._tokens
+
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of a document, as a view of the file."""
         shard, window = self._window(document, start, stop)

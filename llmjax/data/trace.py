@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 from llmjax.core.errors import RunError
 from llmjax.core.sections import DataConfig
-from llmjax.data.loader import rows_at
+from llmjax.data.order import rows_at
 from llmjax.data.pack import pack_plan
 from llmjax.data.shards import TokenStore
 
@@ -38,7 +40,7 @@ def batch_segments(folder: Path, config: DataConfig, *, step: int) -> list[Segme
     """What global batch `step` of a run on the data in `folder` holds, row by row; raises RunError without data."""
     store = TokenStore.open(folder / "shards")
     plan = pack_plan(store.lengths, seq_len=config.seq_len, seed=config.shuffle_seed)
-    served = range(step * config.batch_size, (step + 1) * config.batch_size)
+    served = step * config.batch_size + np.arange(config.batch_size)
     places = [(row, place) for row, planned in enumerate(rows_at(served, plan.num_rows, seed=config.shuffle_seed))
               for place in range(plan.row_starts[planned], plan.row_starts[planned + 1])]
     origins = read_origins(folder)

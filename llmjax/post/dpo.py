@@ -16,6 +16,7 @@ from llmjax.core.errors import ConfigError
 from llmjax.core.sections import Config, TaskConfig
 from llmjax.core.task import LossFn, LossOutput, Params, Task
 from llmjax.data import preference
+from llmjax.data.loader import Shuffled, follow
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.kernels.cross_entropy import api as cross_entropy
 from llmjax.models.decoder import Model, forward, head_kernel
@@ -32,9 +33,10 @@ def make_task(config: Config, *, workdir: Path, tokenizer: Tokenizer, reference:
     make = functools.partial(preference_examples, seed=config.data.shuffle_seed)
     files = example_files(config, workdir, make=make)
     store = preference.preference_store(files, tokenizer, workdir / "data" / "pairs")
-    batches = functools.partial(preference.batches, store, seq_len=config.data.seq_len,
-                                batch_size=config.data.batch_size, seed=config.data.shuffle_seed,
-                                process_index=process_index, process_count=process_count)
+    rows = preference.PairRows(store, seq_len=config.data.seq_len)
+    stream = functools.partial(Shuffled, rows, config.data.batch_size, config.data.shuffle_seed)
+    batches = functools.partial(follow, stream, workdir=workdir, process_index=process_index,
+                                process_count=process_count)
     return Task(batches=batches, loss=make_loss(config.task, execution=execution_of(config)),
                 frozen={"reference": reference})
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from llmjax.core.sections import Config
 from llmjax.core.task import Task
-from llmjax.data import loader
 from llmjax.data.examples import chat_store
+from llmjax.data.loader import PackedRows, Shuffled, follow
 from llmjax.data.pack import pack_plan
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.models.stack import execution_of
@@ -24,6 +24,7 @@ def make_task(config: Config, *, workdir: Path, tokenizer: Tokenizer, process_in
     store = chat_store(files, tokenizer, workdir / "data" / "chat")
     # Best fit: a conversation that fits in a row is not cut.
     plan = pack_plan(store.lengths, seq_len=config.data.seq_len, seed=config.data.shuffle_seed, method="best_fit")
-    batches = functools.partial(loader.batches, store, plan, batch_size=config.data.batch_size,
-                                seed=config.data.shuffle_seed, process_index=process_index, process_count=process_count)
+    stream = functools.partial(Shuffled, PackedRows(store, plan), config.data.batch_size, config.data.shuffle_seed)
+    batches = functools.partial(follow, stream, workdir=workdir, process_index=process_index,
+                                process_count=process_count)
     return Task(batches=batches, loss=pretrain.make_loss(config.task, execution=execution_of(config)))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from llmjax.core.sections import Config, TaskConfig
 from llmjax.core.task import LossFn, LossOutput, Params, Task
-from llmjax.data import loader
+from llmjax.data.loader import PackedRows, Shuffled, follow
 from llmjax.data.pack import pack_plan
 from llmjax.data.shards import TokenStore
 from llmjax.kernels.cross_entropy.api import TokenLoss, linear_cross_entropy
@@ -41,10 +41,11 @@ def make_loss(config: TaskConfig, *, execution: Execution = Execution()) -> Loss
     return loss
 
 
-def make_task(config: Config, *, data: Path, process_index: int = 0, process_count: int = 1) -> Task:
-    """Packed rows of a data folder, each target weighing one."""
+def make_task(config: Config, *, data: Path, workdir: Path, process_index: int = 0, process_count: int = 1) -> Task:
+    """Packed rows of a data folder, each target weighing one; interventions in `workdir` are heeded."""
     store = TokenStore.open(data / "shards")
     plan = pack_plan(store.lengths, seq_len=config.data.seq_len, seed=config.data.shuffle_seed)
-    batches = functools.partial(loader.batches, store, plan, batch_size=config.data.batch_size,
-                                seed=config.data.shuffle_seed, process_index=process_index, process_count=process_count)
+    stream = functools.partial(Shuffled, PackedRows(store, plan), config.data.batch_size, config.data.shuffle_seed)
+    batches = functools.partial(follow, stream, workdir=workdir, process_index=process_index,
+                                process_count=process_count)
     return Task(batches=batches, loss=make_loss(config.task, execution=execution_of(config)))

@@ -11,7 +11,7 @@ import numpy as np
 
 from llmjax.core.sections import Config
 from llmjax.core.task import Hook
-from llmjax.data import loader
+from llmjax.data.loader import PackedRows, Shuffled, serve
 from llmjax.data.pack import pack_plan
 from llmjax.data.shards import Document, TokenStore, write_store
 from llmjax.data.tokenizer import Tokenizer
@@ -33,8 +33,8 @@ def make_hook(config: Config, model: Model, *, data: Path, tokenizer: Tokenizer,
     store = TokenStore.open(workdir / "held_out")
     plan = pack_plan(store.lengths, seq_len=config.data.seq_len, seed=0)
     batches = list(itertools.islice(
-        loader.batches(store, plan, batch_size=config.data.batch_size, seed=0, process_index=jax.process_index(),
-                       process_count=jax.process_count()), config.eval.batches))
+        serve(Shuffled(PackedRows(store, plan), config.data.batch_size, seed=0), process_index=jax.process_index(),
+              process_count=jax.process_count()), config.eval.batches))
     eval_step = jax.jit(make_eval_step(model, pretrain.make_loss(config.task, execution=execution_of(config))))
 
     def evaluate(step: int, state: TrainState) -> Mapping[str, float]:

@@ -163,7 +163,7 @@ def _make_task(config: Config, workdir: Path, tokenizer: Tokenizer, model: Model
     if config.task.name == "dpo":
         return dpo.make_task(config, workdir=workdir, tokenizer=tokenizer, reference=parent_params(), **share)
     data = data_folder(config.data, workdir)
-    task = pretrain.make_task(config, data=data, **share)
+    task = pretrain.make_task(config, data=data, workdir=workdir, **share)
     if not config.eval.every:
         return task
     from llmjax.verbs.held_out import make_hook

@@ -13,7 +13,7 @@ import pytest
 from llmjax.core.errors import RunError
 from llmjax.data.chat import encode_chat, encode_prompt, render
 from llmjax.data.examples import chat_store
-from llmjax.data.loader import batches
+from llmjax.data.loader import PackedRows, Shuffled, serve
 from llmjax.data.pack import pack_plan
 from llmjax.data.tokenizer import DEFAULT_CHAT_TEMPLATE, Tokenizer
 
@@ -170,7 +170,7 @@ def test_examples_to_batches(hugging_face, tmp_path, name):
     assert store.mask(1).tolist() == [False] * 4 + [True] * (len(plain) - 4)
     assert said(encode_chat(CHAT[:2], tokenizer), tokenizer) == [" four \u00e9</s>"]
     plan = pack_plan(store.lengths, seq_len=128, seed=0, method="best_fit")
-    batch = next(batches(store, plan, batch_size=plan.num_rows, seed=0))
+    batch = next(serve(Shuffled(PackedRows(store, plan), batch_size=plan.num_rows, seed=0)))
     learnt = sum(int(store.mask(i)[1:].sum()) for i in range(3))
     assert batch["weights_BT"].sum() == learnt
     targets = batch["targets_BT"][batch["weights_BT"] == 1]

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmjax.core.errors import ConfigError, RunError
-from llmjax.data.loader import PackedRows, batches, rows_at
+from llmjax.data.loader import PackedRows, Shuffled, serve
+from llmjax.data.order import rows_at
 from llmjax.data.pack import pack_plan
 from llmjax.data.shards import Document, TokenStore, write_store
 
@@ -34,9 +35,9 @@ def store(tmp_path_factory) -> TokenStore:
     return make_store(tmp_path_factory.mktemp("loader") / "shards", lengths=lengths)
 
 
-def read(store, count, **options):
+def read(store, count, *, batch_size, seed, **options):
     plan = pack_plan(store.lengths, seq_len=SEQ_LEN, seed=0)
-    return list(itertools.islice(batches(store, plan, **options), count))
+    return list(itertools.islice(serve(Shuffled(PackedRows(store, plan), batch_size, seed), **options), count))
 
 
 def assert_equal(left, right):
@@ -69,8 +70,8 @@ def test_rows_against_a_plain_loop(tmp_path, masked):
 
 def test_an_epoch_makes_every_prediction_once(store):
     plan = pack_plan(store.lengths, seq_len=SEQ_LEN, seed=0)
-    targets = np.concatenate([batch["targets_BT"][batch["segment_ids_BT"] > 0] for batch in
-                              itertools.islice(batches(store, plan, batch_size=1, seed=5), plan.num_rows)])
+    epoch = itertools.islice(serve(Shuffled(PackedRows(store, plan), batch_size=1, seed=5)), plan.num_rows)
+    targets = np.concatenate([batch["targets_BT"][batch["segment_ids_BT"] > 0] for batch in epoch])
     wanted = np.concatenate([np.arange(1, n) + 1000 * i for i, n in enumerate(store.lengths)])
     np.testing.assert_array_equal(np.sort(targets), wanted)
 
@@ -90,19 +91,19 @@ def test_any_start_and_any_process_count_give_the_same_rows(store, start, proces
 @settings(max_examples=30, deadline=None)
 @given(num_rows=st.integers(1, 50), seed=st.integers(0, 9), epoch=st.integers(0, 9))
 def test_every_epoch_is_a_permutation(num_rows, seed, epoch):
-    rows = rows_at(range(epoch * num_rows, (epoch + 1) * num_rows), num_rows, seed=seed)
+    rows = rows_at(np.arange(epoch * num_rows, (epoch + 1) * num_rows), num_rows, seed=seed)
     assert sorted(rows) == list(range(num_rows))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = [tuple(rows_at(range(epoch * 30, (epoch + 1) * 30), 30, seed=seed)) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [tuple(rows_at(epoch * 30 + np.arange(30), 30, seed=seed)) for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(orders)) == 4
 
 
 def test_batches_are_the_rows_at_their_places(store):
     plan = pack_plan(store.lengths, seq_len=SEQ_LEN, seed=0)
-    batch = next(batches(store, plan, batch_size=4, seed=1, start_step=9))
-    assert_equal(batch, PackedRows(store, plan).read(rows_at(range(36, 40), plan.num_rows, seed=1)))
+    batch = next(serve(Shuffled(PackedRows(store, plan), batch_size=4, seed=1), start_step=9))
+    assert_equal(batch, PackedRows(store, plan).read(rows_at(np.arange(36, 40), plan.num_rows, seed=1)))
 
 
 def test_far_steps_are_reached_at_once(store):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from llmjax.core.errors import RunError
 from llmjax.data.chat import EncodedChat, encode_prompt
-from llmjax.data.preference import PairRows, batches, common_prompt, preference_store, truncate
+from llmjax.data.loader import Shuffled, serve
+from llmjax.data.preference import PairRows, common_prompt, preference_store, truncate
 
 END = 256  # closes a turn in the toy tokenizer below; 257 begins a text
 
@@ -129,10 +130,10 @@ def test_batches(tmp_path):
 
 def test_any_start_and_process_count_give_the_same_pairs(tmp_path):
     store = make(tmp_path, *({"prompt": f"ask {i} ", "chosen": "yes", "rejected": "no"} for i in range(7)))
-    options = {"seq_len": 24, "batch_size": 4, "seed": 3}
-    whole = list(itertools.islice(batches(store, **options), 5))
-    again = next(batches(store, **options, start_step=4))
-    halves = [next(batches(store, **options, start_step=4, process_index=p, process_count=2)) for p in range(2)]
+    stream = Shuffled(PairRows(store, seq_len=24), batch_size=4, seed=3)
+    whole = list(itertools.islice(serve(stream), 5))
+    again = next(serve(stream, start_step=4))
+    halves = [next(serve(stream, start_step=4, process_index=p, process_count=2)) for p in range(2)]
     for name in whole[4]:
         np.testing.assert_array_equal(again[name], whole[4][name])
         np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), whole[4][name])

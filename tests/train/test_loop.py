@@ -68,7 +68,7 @@ def make_run(config: Config, workdir: Path, data: Path, *, mesh: jax.sharding.Me
     """A run as the train verb prepares it, on one device unless a mesh is given."""
     mesh = mesh or single_device_mesh()
     checkpointer = Checkpointer(workdir / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
-    return loop.Run(config, abstract_model(config.model), mesh, task or pretrain.make_task(config, data=data),
+    return loop.Run(config, abstract_model(config.model), mesh, task or pretrain.make_task(config, data=data, workdir=workdir),
                     checkpointer, meta={"tokenizer_hash": "t", "data_hash": "d"} | meta,
                     initial_params=lambda: init_params(config.model, jax.random.key(0), mesh),
                     profile_folder=workdir / "profile")  # fmt: skip
@@ -116,7 +116,7 @@ def cut(data: Path, workdir: Path, *, after: int, mesh: jax.sharding.Mesh | None
                 raise Died
             yield batch
 
-    task = pretrain.make_task(CONFIG, data=data)
+    task = pretrain.make_task(CONFIG, data=data, workdir=workdir)
     task = dataclasses.replace(task, batches=functools.partial(dying, task.batches))
     with pytest.raises(Died):
         train(make_run(CONFIG, workdir, data, task=task, mesh=mesh), workdir)
@@ -186,7 +186,7 @@ def test_other_data_or_another_tokenizer_is_refused(data: Path, tmp_path: Path) 
 
 def poisoned(data: Path, *, at: tuple[int, ...]) -> Task:
     """The task with batches whose weights are not finite."""
-    task = pretrain.make_task(CONFIG, data=data)
+    task = pretrain.make_task(CONFIG, data=data, workdir=data)
 
     def batches(*, start_step: int) -> Iterator[Batch]:
         for step, batch in enumerate(task.batches(start_step=start_step), start=start_step + 1):
@@ -221,7 +221,7 @@ def test_hooks_see_the_state_of_their_step(data: Path, tmp_path: Path) -> None:
         seen.append((step, int(state.step)))
         return {"seen": float(step)}
 
-    task = dataclasses.replace(pretrain.make_task(CONFIG, data=data), hooks=(Hook(2, call),))
+    task = dataclasses.replace(pretrain.make_task(CONFIG, data=data, workdir=tmp_path), hooks=(Hook(2, call),))
     train(make_run(CONFIG, tmp_path, data, task=task), tmp_path)
     assert seen == [(2, 2), (4, 4), (6, 6)]
     assert read_metrics(tmp_path / "metrics.jsonl")["seen"].steps.tolist() == [2, 4, 6]
