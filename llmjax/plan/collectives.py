@@ -1,11 +1,7 @@
-"""The collectives of a compiled step: what kind, over which mesh axis, how often and how many bytes a step.
-
-Read from the compiler's scheduled program, each instruction times the trips of the loops it stands in.
-"""
+"""One collective of a compiled step: what kind, over which mesh axis, how many bytes, how long it is on the wire."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import math
@@ -15,16 +11,14 @@ from collections.abc import Iterator
 import numpy as np
 from jax.sharding import Mesh
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+from llmjax.plan.program import Instruction, Program
+from llmjax.plan.topology import Topology
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "f32": 32,
         "s64": 64, "u64": 64, "f64": 64}  # fmt: skip
+ON_CHIP_LINKS = 6  # two devices of one chip talk as if over so many links (jax's description of TPU7x)
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_OPCODE = re.compile(r" = (?P<type>.+?) (?P<opcode>[a-z][a-z\-]*)\(")
-_CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)")
-_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_CONSTANT = re.compile(r" constant\((\d+)\)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,{}]*)\}\}|\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?)")
 _MESH_GROUPS = re.compile(
@@ -36,84 +30,70 @@ Groups = frozenset[frozenset[int]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-    """All collectives of one kind over one mesh axis."""
+class Transfer:
+    """One execution of a collective."""
 
     kind: str
     axis: str  # mesh axes joined by "+"; empty where the groups follow none
-    asynchronous: bool
-    count: int  # a step
-    bytes: int  # a step and device: whole arrays, before they are scattered or after they are gathered
+    bytes: int  # whole arrays, before they are scattered or after they are gathered
+    seconds: float  # on the wire
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """A line of the program, as far as it matters here."""
+class Wires:
+    """How the devices of a mesh are wired, and what that makes of a collective.
 
-    opcode: str
-    type: str
-    called: tuple[str, ...]
-    condition: str  # of a loop
-    known_trips: int  # of a loop, 0 where the program does not say
-    constant: int
-    groups: Groups | None
+    Rings over a torus use all links of the axes they span, both ways at once; an axis that does not close into a ring,
+    or of which a group takes a part, counts for one link a chip. Latencies are left out.
+    """
 
+    def __init__(self, mesh: Mesh, topology: Topology | None) -> None:
+        self._mesh, self._topology = mesh, topology
+        self._axis_of = {groups: name for name, groups in _axis_groups(mesh)}
 
-def count_collectives(program: str, mesh: Mesh) -> tuple[Collective, ...]:
-    """Sum up the collectives of an HLO `program` for `mesh`, the largest first; those of one device move nothing."""
-    axis_of = {groups: name for name, groups in _axis_groups(mesh)}
-    totals: dict[tuple[str, str, bool], list[int]] = collections.defaultdict(lambda: [0, 0])
-    for instruction, times, in_async in _executed(*parse(program)):
-        kind = instruction.opcode.removesuffix("-start")
-        group_size = max(map(len, instruction.groups), default=mesh.size) if instruction.groups else mesh.size
-        if kind not in KINDS or group_size == 1:
-            continue
-        size = _num_bytes(instruction.opcode, instruction.type) * (group_size if kind == "reduce-scatter" else 1)
-        axis = axis_of.get(instruction.groups, "") if instruction.groups else ""
-        total = totals[kind, axis, in_async or instruction.opcode.endswith("-start")]
-        total[0] += times
-        total[1] += times * size
-    found = [Collective(*key, count=count, bytes=size) for key, (count, size) in totals.items()]
-    return tuple(sorted(found, key=lambda c: -c.bytes))
+    def transfer(self, instruction: Instruction, program: Program) -> Transfer | None:
+        """What an instruction moves, itself or in the computation that it calls; None for one that moves nothing."""
+        inner = next((i for i in (instruction, *program.inside(instruction)) if _kind(i.opcode)), None)
+        if inner is None:
+            return None
+        groups = _groups(inner.text)
+        size = max(map(len, groups)) if groups else self._mesh.size
+        if size == 1:
+            return None
+        kind, num_bytes = _kind(inner.opcode), _num_bytes(inner.opcode, inner.type)
+        if kind == "all-reduce" and any(name.startswith("all-reduce-scatter") for name in instruction.called):
+            kind = "reduce-scatter"  # XLA's fusion of the two; its all-reduce is of the whole array
+        elif kind == "reduce-scatter":
+            num_bytes *= size
+        axis = self._axis_of.get(groups, "") if groups else ""
+        return Transfer(kind, axis, num_bytes, self._seconds(kind, num_bytes, size=size, groups=groups))
 
+    def _seconds(self, kind: str, num_bytes: int, *, size: int, groups: Groups | None) -> float:
+        """Bytes that each device receives over what its links take in."""
+        if self._topology is None:
+            return 0.0
+        if kind == "collective-permute":
+            return num_bytes / self._topology.chip.link_bandwidth
+        share = (size - 1) / size
+        moved = {"all-reduce": 2 * share * num_bytes, "all-to-all": num_bytes * size / 4,
+                 "ragged-all-to-all": num_bytes * size / 4}.get(kind, share * num_bytes)  # fmt: skip
+        return moved / self.bandwidth(next(iter(groups)) if groups else frozenset(range(self._mesh.size)))
 
-def parse(program: str) -> tuple[str, dict[str, list[Instruction]]]:
-    """The entry computation's name, and the instructions of every computation."""
-    entry = ""
-    computations: dict[str, list[Instruction]] = {}
-    current: list[Instruction] = []
-    for line in program.splitlines():
-        if header := _COMPUTATION.match(line):
-            current = computations[header[2]] = []
-            entry = header[2] if header[1] else entry
-        elif match := _OPCODE.search(line):
-            condition = _CONDITION.search(line)
-            current.append(Instruction(
-                match["opcode"], match["type"], called=tuple(_CALLED.findall(line)),
-                condition=condition[1] if condition else "", known_trips=_integer(_TRIPS, line),
-                constant=_integer(_CONSTANT, line), groups=_groups(line)))  # fmt: skip
-    assert entry, "an HLO module has an entry computation"
-    return entry, computations
-
-
-def _executed(entry: str, computations: dict[str, list[Instruction]]) -> Iterator[tuple[Instruction, int, bool]]:
-    """Every instruction, how often it runs, and whether it runs beside others."""
-    pending = [(entry, 1, False)]
-    while pending:
-        name, times, in_async = pending.pop()
-        for instruction in computations.get(name, ()):
-            yield instruction, times, in_async
-            if instruction.opcode in ("async-done", "async-update"):
-                continue  # name the computation that async-start has started
-            inner = times * (_trips(instruction, computations) if instruction.opcode == "while" else 1)
-            starts = in_async or instruction.opcode == "async-start"
-            pending += [(called, inner, starts) for called in instruction.called]
+    def bandwidth(self, group: frozenset[int]) -> float:
+        """Bytes/s that one device of a group can receive."""
+        assert self._topology
+        chip, devices = self._topology.chip, self._mesh.devices.flat
+        coords = np.array([devices[index].coords for index in group])
+        links = 0
+        for dim, size in enumerate(self._topology.dims):
+            extent = len(set(coords[:, dim]))
+            links += 0 if extent == 1 else 2 if extent == size and self._topology.wraps else 1
+        sharing = len(group) / len({tuple(c) for c in coords})  # devices of one chip share its links
+        return (links or ON_CHIP_LINKS) * chip.link_bandwidth / (sharing if links else 1)
 
 
-def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
-    """How often a loop runs: as the program says, else the constant that its counter, from 0, is compared with."""
-    bounds = [instruction.constant for instruction in computations.get(loop.condition, ())]
-    return loop.known_trips or max(bounds, default=0) or 1
+def _kind(opcode: str) -> str:
+    kind = opcode.removesuffix("-start")
+    return kind if kind in KINDS else ""
 
 
 def _num_bytes(opcode: str, type_: str) -> int:
@@ -125,17 +105,12 @@ def _num_bytes(opcode: str, type_: str) -> int:
     return max(sizes) if opcode == "collective-permute-start" else sum(sizes)
 
 
-def _integer(pattern: re.Pattern[str], line: str) -> int:
-    match = pattern.search(line)
-    return int(match[1]) if match else 0
-
-
-def _groups(line: str) -> Groups | None:
+def _groups(text: str) -> Groups | None:
     """Which devices talk to each other, in the three ways HLO writes it; None where it is written in no such way.
 
     {{0,1},{2,3}}; [2,2]<=[4], an iota, reshaped, perhaps transposed, and reshaped; axes of a mesh over such an iota.
     """
-    if match := _MESH_GROUPS.search(line):
+    if match := _MESH_GROUPS.search(text):
         sizes = dict(part.split("=") for part in match["sizes"].split(","))
         shape = [int(size) for size in sizes.values()]
         axes = [list(sizes).index(axis) for axis in match["axes"].split(",") if axis in sizes]
@@ -143,7 +118,7 @@ def _groups(line: str) -> Groups | None:
         rest = [dim for dim in range(len(shape)) if dim not in axes]
         ids = ids.transpose([*rest, *axes]).reshape(-1, math.prod(shape[dim] for dim in axes))
         return frozenset(map(frozenset, ids.tolist()))
-    match = _GROUPS.search(line)
+    match = _GROUPS.search(text)
     if match is None:
         return None
     if match[1] is not None:

@@ -5,37 +5,83 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+import jax
 
 import llmjax
 from llmjax.core.sections import Config
-from llmjax.models.flops import flops_per_token, num_params, peak_flops
-from llmjax.plan.collectives import Collective, count_collectives
+from llmjax.core.tree import flatten
+from llmjax.models.decoder import abstract_model
+from llmjax.models.flops import flops_per_token, num_params
+from llmjax.plan import cost, program
+from llmjax.plan.chips import GIB
+from llmjax.plan.collectives import Wires
 from llmjax.plan.compile import CompiledStep, HbmBytes, hbm_bytes
-from llmjax.plan.topology import GIB, Topology
+from llmjax.plan.cost import Carbon, Cost
+from llmjax.plan.count import Collective, OpGroup, StaticKernels, StepCount, count_step
+from llmjax.plan.objections import Objection, claim_of, objections
+from llmjax.plan.topology import Topology, prepare
+
+Bound = Literal["compute", "communication"]
 
 METHODS = {
-    "hbm_bytes_per_chip": "memory_analysis() of the TPU compiler; capacity as published",
+    "hbm_bytes_per_chip": "compiler output: memory_analysis(); capacity as published",
+    "hbm_by_kind": "parameters and optimiser counted from shapes and shardings; the rest of the compiler's total split "
+                   "into batch and metrics (arguments) and temporaries, activations among them",
     "model_flops_per_chip": "counted by hand from the model's sizes, causal half of attention, no recomputation",
-    "seconds_at_peak": "model_flops_per_chip over the published bf16 peak: a bound, not an estimate",
-    "collectives": "the compiler's scheduled program, times the trips of the loops around",
-}
+    "compute_seconds": "compiler estimate: estimated_cycles of the scheduled program times loop trips over the chip's "
+                       "clock; Pallas kernels by the static cycles of their bundles, never below their FLOPs at peak",
+    "exposed_communication_seconds": "model: bytes over the links' published bandwidths, less what the schedule "
+                                     "computes between an asynchronous start and its done; latencies left out",
+    "step_seconds": "compute_seconds + exposed_communication_seconds; input, host and stragglers unknown",
+    "estimated_mfu": "model_flops_per_chip over step_seconds at the published bf16 peak",
+    "tokens_per_second": "tokens_per_step over step_seconds",
+    "collectives": "compiler output: the scheduled program, times the trips of the loops around",
+    "cost": cost.COST_METHOD,
+    "carbon": cost.CARBON_METHOD,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterRow:
+    """How one parameter is laid out."""
+
+    path: str
+    shape: tuple[int, ...]
+    sharding: str
+    bytes_per_device: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One config on one slice; every figure is a train step's."""
+    """One config on one slice; every figure is a train step's unless it says otherwise."""
 
+    name: str
     topology: str
     chips: int
     mesh: Mapping[str, int]  # axes larger than one
     remat: str
+    accumulation: int
     num_params: int
     tokens_per_step: int
+    steps: int
     hbm_bytes_per_chip: HbmBytes
+    hbm_by_kind: Mapping[str, int]
     model_flops_per_chip: float
-    seconds_at_peak: float
+    compute_seconds: float
+    exposed_communication_seconds: float
+    step_seconds: float
+    tokens_per_second: float
+    estimated_mfu: float
+    bound: Bound
+    ops: tuple[OpGroup, ...]
     collectives: tuple[Collective, ...]
+    kernels_without_bundles: int
+    cost: Cost
+    carbon: Carbon
+    objections: tuple[Objection, ...]
+    parameters: tuple[ParameterRow, ...]
     lower_seconds: float
     compile_seconds: float
     versions: Mapping[str, str]
@@ -45,30 +91,80 @@ class Plan:
         return {**dataclasses.asdict(self), "methods": METHODS}
 
 
-def make_plan(config: Config, topology: Topology, compiled: CompiledStep) -> Plan:
+def count(compiled: CompiledStep, topology: Topology) -> StepCount:
+    """The counter on a step compiled in this process."""
+    text = compiled.executable.as_text()
+    assert text, "the TPU compiler prints its program"
+    return count_step(program.parse(text), Wires(compiled.mesh, topology), clock=topology.chip.clock,
+                      kernel_seconds=StaticKernels(prepare(), topology.chip))
+
+
+def make_plan(config: Config, topology: Topology, compiled: CompiledStep, *, sized_for: str = "") -> Plan:
     """Everything that a compiled step tells."""
+    counted = count(compiled, topology)
     tokens = config.data.batch_size * config.data.seq_len
     flops = flops_per_token(config.model, config.data.seq_len) * tokens / topology.num_chips
-    program = compiled.executable.as_text()
-    assert program, "the TPU compiler prints its program"
-    device_peak = peak_flops(topology.devices[0].device_kind)
-    assert device_peak, f"no peak known for {topology.devices[0].device_kind}"
+    hbm, parameters = hbm_bytes(compiled, topology), parameter_rows(config, compiled.mesh)
+    hours = topology.num_chips * counted.seconds * config.train.steps / 3600
+    spent = cost.run_cost(topology.name.split(":")[0], chip_hours=hours)
+    claim = claim_of(config, num_params=num_params(config.model), chips=topology.num_chips, flops=flops,
+                     seconds=counted.seconds, peak_flops=topology.chip.peak_flops, sized_for=sized_for)
     return Plan(
+        name=config.name,
         topology=topology.name,
         chips=topology.num_chips,
         mesh={axis: size for axis, size in compiled.mesh.shape.items() if size > 1},
         remat=config.train.remat,
+        accumulation=config.train.accumulation,
         num_params=num_params(config.model),
         tokens_per_step=tokens,
-        hbm_bytes_per_chip=hbm_bytes(compiled, topology),
+        steps=config.train.steps,
+        hbm_bytes_per_chip=hbm,
+        hbm_by_kind=_by_kind(hbm, parameters, config, topology.chip.devices_per_chip),
         model_flops_per_chip=flops,
-        seconds_at_peak=flops / (device_peak * topology.chip.devices_per_chip),
-        collectives=count_collectives(program, compiled.mesh),
+        compute_seconds=counted.compute_seconds,
+        exposed_communication_seconds=counted.exposed_communication_seconds,
+        step_seconds=counted.seconds,
+        tokens_per_second=tokens / counted.seconds,
+        estimated_mfu=flops / (counted.seconds * topology.chip.peak_flops),
+        bound="compute" if counted.compute_seconds >= counted.exposed_communication_seconds else "communication",
+        ops=counted.ops,
+        collectives=counted.collectives,
+        kernels_without_bundles=counted.kernels_without_bundles,
+        cost=spent,
+        carbon=cost.run_carbon(topology.name.split(":")[0], chip_hours=hours),
+        objections=objections(claim),
+        parameters=parameters,
         lower_seconds=round(compiled.lower_seconds, 2),
         compile_seconds=round(compiled.compile_seconds, 2),
         versions={"llmjax": llmjax.__version__}
         | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
     )
+
+
+def parameter_rows(config: Config, mesh: jax.sharding.Mesh) -> tuple[ParameterRow, ...]:
+    """Every parameter of the model as it lies on `mesh`."""
+    rows = []
+    for path, leaf in flatten(abstract_model(config.model).abstract_params(mesh)).items():
+        local = leaf.sharding.shard_shape(leaf.shape)
+        size = leaf.dtype.itemsize
+        for dim in local:
+            size *= dim
+        rows.append(ParameterRow("/".join(path), leaf.shape, _spec(leaf.sharding.spec), size))
+    return tuple(rows)
+
+
+def _spec(spec: jax.sharding.PartitionSpec) -> str:
+    entries = ["+".join((entry,) if isinstance(entry, str) else entry) if entry else "-" for entry in spec]
+    return ", ".join(entries) or "-"
+
+
+def _by_kind(hbm: HbmBytes, parameters: tuple[ParameterRow, ...], config: Config, devices: int) -> dict[str, int]:
+    """What the chip's memory holds."""
+    weights = devices * sum(row.bytes_per_device for row in parameters)
+    optimiser = weights * (2 if config.optim.name == "adamw" else 1)
+    return {"parameters": weights, "optimiser": min(optimiser, hbm.argument - weights),
+            "batch": max(0, hbm.argument - weights - optimiser), "temporaries": hbm.temp}
 
 
 def describe(plan: Plan) -> str:
@@ -80,12 +176,19 @@ def describe(plan: Plan) -> str:
         f"{plan.num_params:,} parameters, {plan.tokens_per_step:,} tokens a step",
         f"HBM per chip   {hbm.total / GIB:8.2f} GiB of {hbm.capacity / GIB:.0f}: argument {hbm.argument / GIB:.2f}, "
         f"temp {hbm.temp / GIB:.2f}; output {hbm.output / GIB:.2f}, of which {hbm.alias / GIB:.2f} in place; "
-        f"peak {hbm.peak / GIB:.2f}",
-        f"model FLOPs    {plan.model_flops_per_chip / 1e12:8.1f} T a chip: no step is faster than "
-        f"{plan.seconds_at_peak:.3f} s",
+        f"peak {hbm.peak / GIB:.2f} [compiler]",
+        f"step           {plan.step_seconds:8.3f} s: compute {plan.compute_seconds:.3f} [compiler], exposed "
+        f"communication {plan.exposed_communication_seconds:.3f} [model]; bound by {plan.bound}",
+        f"estimated MFU  {plan.estimated_mfu:8.1%}; {plan.tokens_per_second:,.0f} tokens/s; model FLOPs "
+        f"{plan.model_flops_per_chip / 1e12:.1f} T a chip",
     ]
+    lines += [f"  {op.seconds:8.3f} s  {op.name}, {op.count} a step" for op in plan.ops[:8]]
     for item in plan.collectives:
         lines.append(f"{item.kind:14} {item.bytes / 1e9:8.2f} GB over {item.axis or 'some chips'}, {item.count} a step"
-                     f"{', async' if item.asynchronous else ''}")  # fmt: skip
+                     f"{', async' if item.asynchronous else ''}, {item.exposed_seconds:.3f} of {item.seconds:.3f} s "
+                     "exposed")  # fmt: skip
+    lines += cost.describe(plan.cost, plan.carbon)
+    lines += [f"objection: {objection.text}" for objection in plan.objections]
+    lines.append("unknown: input, host and stragglers, failures; nothing was measured on a chip")
     lines.append(f"compiled in {plan.compile_seconds:.0f} s")
     return "\n".join(lines)

@@ -6,42 +6,29 @@ gathers into reductions of padded shards: figures from it would be wrong.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
 import importlib.util
+import math
 import os
 import re
+import shutil
 from typing import TYPE_CHECKING
 
 from llmjax.core.errors import ConfigError, RunError
+from llmjax.plan import bundles
+from llmjax.plan.chips import CHIPS, Chip
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import jax
 
 # What libtpu needs to know before it loads: there is no metadata server to ask, and others may have it loaded too. The
 # accelerator type only spares us a warning; topologies are asked for by name.
 ENVIRONMENT = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
                "TPU_ACCELERATOR_TYPE": "v5p-8"}  # fmt: skip
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A TPU generation. Memory as published by Google Cloud's system architecture pages."""
-
-    hbm_bytes: int  # of a chip
-    num_dims: int  # of its torus
-    wrap_multiple: int  # a slice closes into a torus when its dims are multiples of this
-    megacore: bool  # two TensorCores work as one device
-    devices_per_chip: int = 1
-
-
-CHIPS = {
-    "v4": Chip(32 * GIB, num_dims=3, wrap_multiple=4, megacore=True),
-    "v5e": Chip(16 * GIB, num_dims=2, wrap_multiple=16, megacore=False),
-    "v5p": Chip(95 * GIB, num_dims=3, wrap_multiple=4, megacore=True),
-    "v6e": Chip(32 * GIB, num_dims=2, wrap_multiple=16, megacore=False),
-    "tpu7x": Chip(192 * GIB, num_dims=3, wrap_multiple=4, megacore=False, devices_per_chip=2),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +37,13 @@ class Topology:
 
     name: str
     chip: Chip
-    num_chips: int
+    dims: tuple[int, ...]  # chips along each axis of the torus
+    wraps: bool  # whether its axes close into rings
     devices: list[jax.Device]
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.dims)
 
 
 def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
@@ -70,8 +62,7 @@ def load(name: str) -> Topology:
     chip, dims = parse(name)
     if importlib.util.find_spec("libtpu") is None:
         raise RunError("the TPU compiler is not installed: pip install 'llmjax[plan]'")
-    for variable, value in ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
+    prepare()
     from jax.experimental import topologies
 
     hosts = tuple(min(size, bound) for size, bound in zip((*dims, 1)[:3], (2, 2, 1), strict=True))
@@ -87,5 +78,15 @@ def load(name: str) -> Topology:
         )
     except RuntimeError as error:
         raise RunError(f"--topology={name}: libtpu refuses it: {str(error).splitlines()[0]}") from error
-    devices = list(description.devices)
-    return Topology(name, chip, num_chips=len(devices) // chip.devices_per_chip, devices=devices)
+    return Topology(name, chip, dims, wraps, devices=list(description.devices))
+
+
+@functools.cache
+def prepare() -> Path:
+    """Set the environment that libtpu reads when it loads; the folder into which it will write kernels' bundles."""
+    folder, flags = bundles.dump_flags()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
+    return folder

@@ -23,6 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="one JSON object as the last line, or into FILE; several topologies are its `plans`")
 
 
+    parser.add_argument("--sized-for", default="", metavar="WHY",
+                        help="why tokens a parameter are far from compute-optimal, so that nothing objects to it")
+
+
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     """Print a plan for every topology; returns the exit status."""
     config, _ = open_run(args, overrides)
@@ -38,7 +42,7 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     for name in names:
         topology = topologies.load(name)
         print(f"compiling for {name}; this takes a minute or more", file=sys.stderr)
-        plans.append(make_plan(config, topology, compile_step(config, topology)))
+        plans.append(make_plan(config, topology, compile_step(config, topology), sized_for=args.sized_for))
         print(describe(plans[-1]), flush=True)
     if args.json:
         objects = [plan.to_json() for plan in plans]

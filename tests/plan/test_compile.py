@@ -44,6 +44,11 @@ def check(result: dict[str, Any]) -> None:
     kinds = {collective["kind"] for collective in result["collectives"]}
     assert "all-gather" in kinds and kinds & {"all-reduce", "reduce-scatter"}
     assert set(result["methods"]) <= set(result)
+    assert result["step_seconds"] == result["compute_seconds"] + result["exposed_communication_seconds"]
+    assert 0 < result["estimated_mfu"] < 1 and result["kernels_without_bundles"] == 0
+    assert sum(result["hbm_by_kind"].values()) == hbm["total"]
+    assert sum(row["bytes_per_device"] for row in result["parameters"]) == result["hbm_by_kind"]["parameters"]
+    assert result["cost"]["dollars"] > 0 and result["carbon"]["kwh"]["high"] > result["carbon"]["kwh"]["low"] > 0
 
 
 @pytest.fixture
@@ -62,7 +67,7 @@ def test_a_tiny_step_compiles_and_every_figure_is_there(tiny: Path) -> None:
     # Parameters and two moments in float32 over 4 chips, and this chip's two rows: five arrays of 512 numbers each.
     arguments = 12 * result["num_params"] / 4 + 5 * 4 * 2 * 512
     assert result["hbm_bytes_per_chip"]["argument"] == pytest.approx(arguments, rel=0.02)
-    assert "HBM per chip" in done.stdout
+    assert "HBM per chip" in done.stdout and "objection: " in done.stdout
 
 
 @pytest.mark.parametrize(
