@@ -7,6 +7,8 @@ import importlib.util
 import logging
 import os
 
+from llmjax.core.allocator import keep_freed_memory
+
 DEVICE_FILES = {"tpu": ("/dev/accel*", "/dev/vfio/[0-9]*"), "cuda": ("/dev/nvidia[0-9]*",)}
 PLUGINS = {"tpu": ("libtpu",), "cuda": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
 
@@ -18,6 +20,8 @@ def prepare(num_virtual_devices: int | None = None) -> None:
     error, so the platform is named: an accelerator that is both present and supported, else the CPU.
     """
     os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or detect_platforms()
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        keep_freed_memory()
     if num_virtual_devices:
         flag = f"--xla_force_host_platform_device_count={num_virtual_devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
