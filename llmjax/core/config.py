@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.files import write_json
-from llmjax.core.sections import AXIS_NAMES, Config
+from llmjax.core.sections import AXIS_NAMES, Config, TrainConfig
+from llmjax.core.stage_sections import StageConfig, complete, rate_pieces
 
 CONFIG_FILE = "config.json"
 
@@ -33,7 +34,7 @@ AT_LEAST: dict[str, float] = {
     "model.init_scale": 0, "model.rope_scaling.factor": 1, "model.rope_scaling.original_seq_len": 1,
     "tokenizer.vocab_size": 260, "tokenizer.train_bytes": 1,
     "data.seq_len": 1, "data.batch_size": 1, "data.min_bytes": 0, "data.max_bytes": 1, "data.holdout_fraction": 0,
-    "data.near_duplicate_jaccard": 0,
+    "data.near_duplicate_jaccard": 0, "data.temperature": 0.01,
     "optim.learning_rate": 0, "optim.adam_learning_rate": 0, "optim.warmup_steps": 0, "optim.decay_fraction": 0,
     "optim.end_fraction": 0, "optim.b1": 0, "optim.b2": 0, "optim.eps": 0, "optim.weight_decay": 0,
     "optim.clip_norm": 0, "optim.muon_momentum": 0,
@@ -68,6 +69,7 @@ def resolve(raw: Mapping[str, Any], overrides: Mapping[str, str] | None = None) 
     for path, text in (overrides or {}).items():
         config = _replace(config, path, text)
     _check_limits(config)
+    _check_stages(config)
     config = _derive(config)
     _check_sizes(config)
     return config
@@ -177,8 +179,23 @@ def _build(section: Any, raw: Any, *, prefix: str) -> Any:
         hint = _hints(section).get(name)
         if hint is None:
             raise _unknown(path)
-        values[name] = _build(hint, value, prefix=path) if dataclasses.is_dataclass(hint) else _fit(path, value, hint)
+        values[name] = _value(hint, value, path=path)
     return section(**values)
+
+
+def _value(hint: Any, value: Any, *, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, prefix=path)
+    if (item := _item_type(hint)) is None:
+        return _fit(path, value, hint)
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{path}={value!r}: a list of sections with fields {', '.join(_hints(item))} is needed")
+    return tuple(_build(item, entry, prefix=f"{path}.{place}") for place, entry in enumerate(value))
+
+
+def _item_type(hint: Any) -> Any:
+    """The section that a field may hold any number of, or None."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
 
 
 def _replace(node: Any, path: str, text: str, *, prefix: str = "") -> Any:
@@ -186,11 +203,22 @@ def _replace(node: Any, path: str, text: str, *, prefix: str = "") -> Any:
     name, _, rest = path.partition(".")
     full = f"{prefix}{name}"
     hint = _hints(type(node)).get(name)
+    if _item_type(hint):
+        return dataclasses.replace(node, **{name: _replace_item(getattr(node, name), rest, text, prefix=f"{full}.")})
     if hint is None or dataclasses.is_dataclass(hint) != bool(rest):
         raise _unknown(prefix + path)
     if rest:
         return dataclasses.replace(node, **{name: _replace(getattr(node, name), rest, text, prefix=f"{full}.")})
     return dataclasses.replace(node, **{name: _fit(full, _parse(text, hint), hint)})
+
+
+def _replace_item(items: tuple[Any, ...], path: str, text: str, *, prefix: str) -> tuple[Any, ...]:
+    """The same for `place.field` of a tuple of sections."""
+    place, _, rest = path.partition(".")
+    if not (place.isdigit() and int(place) < len(items) and rest):
+        raise ConfigError(f"{prefix}{path}: a place below {len(items)} and a field are needed, as in {prefix}0.FIELD")
+    changed = _replace(items[int(place)], rest, text, prefix=f"{prefix}{place}.")
+    return tuple(changed if number == int(place) else item for number, item in enumerate(items))
 
 
 def _parse(text: str, hint: Any) -> Any:
@@ -256,8 +284,21 @@ def _derive(config: Config) -> Config:
     evaluation, optim = config.eval, config.optim
     seq_len = evaluation.seq_len or config.data.seq_len
     evaluation = dataclasses.replace(evaluation, seq_len=seq_len, stride=evaluation.stride or max(seq_len // 2, 1))
-    optim = dataclasses.replace(optim, adam_learning_rate=optim.adam_learning_rate or optim.learning_rate)
-    return dataclasses.replace(config, eval=evaluation, optim=optim)
+    stages = complete(config.stages, config.data, rope_theta=config.model.rope_theta)
+    optim = dataclasses.replace(optim, adam_learning_rate=optim.adam_learning_rate or optim.learning_rate,
+                                pieces=tuple(rate_pieces(stages, config.data)))
+    train = dataclasses.replace(config.train, steps=_total_steps(config, stages))
+    return dataclasses.replace(config, eval=evaluation, optim=optim, train=train, stages=stages)
+
+
+def _total_steps(config: Config, stages: tuple[StageConfig, ...]) -> int:
+    """train.steps, which stages replace; raises ConfigError when it was given and they take another number."""
+    if not stages:
+        return config.train.steps
+    total, stated = sum(stage.steps for stage in stages), config.train.steps
+    if stated not in (total, TrainConfig.steps):
+        raise ConfigError(f"train.steps={stated}: the stages take {total} steps; leave it out, or change their tokens")
+    return total
 
 
 def _check_limits(config: Config) -> None:
@@ -267,6 +308,17 @@ def _check_limits(config: Config) -> None:
     for path, most in AT_MOST.items():
         if _get(config, path) > most:
             raise ConfigError(f"{path}={_get(config, path)}: at most {most} fits")
+
+
+def _check_stages(config: Config) -> None:
+    for place, stage in enumerate(config.stages):
+        path = f"stages.{place}"
+        if stage.tokens < 1 or min(stage.seq_len, stage.batch_size, stage.rope_theta, stage.rate, stage.end_rate) < 0:
+            raise ConfigError(f"{path}: tokens={stage.tokens} must be at least 1, and no other field below 0")
+        check_multiple(f"{path}.batch_size", stage.batch_size, "train.accumulation", config.train.accumulation)
+        if stage.seq_len > config.model.max_seq_len:
+            raise ConfigError(f"{path}.seq_len={stage.seq_len}: at most model.max_seq_len={config.model.max_seq_len} "
+                              "fits")
 
 
 def _check_sizes(config: Config) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from llmjax.core.stage_sections import RatePiece, StageConfig
+
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -77,6 +79,9 @@ class DataConfig:
     seq_len: int = 512  # tokens in a row
     batch_size: int = 8  # rows in a global batch (pairs for DPO)
     shuffle_seed: int = 0
+    mixture: str = ""  # source=weight:epochs, ... weight: its tokens when left out; epochs: a cap; empty: all as it is
+    temperature: float = 1.0  # above 1 it levels the weights of sources
+    curriculum: str = ""  # documents from easy to hard: length, rarity or a column of documents.parquet; - reverses
 
 
 # Slowest interconnect first: slices talk over the data-centre network, tensor-parallel neighbours over the fastest.
@@ -118,6 +123,7 @@ class OptimConfig:
     clip_norm: float = 1.0  # 0 switches clipping off
     muon_momentum: float = 0.95
     adam_learning_rate: float = 0.0  # Muon: the rate of embeddings, head and norms; 0: `learning_rate`
+    pieces: tuple[RatePiece, ...] = ()  # derived from the stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +199,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
+    stages: tuple[StageConfig, ...] = ()  # of one run, in order; none: the whole run is alike
     mesh: MeshConfig = MeshConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.core.sections import OptimConfig
+from llmjax.core.stage_sections import RatePiece
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 Decay = Callable[[jax.Array, OptimConfig], jax.Array]
@@ -17,19 +18,38 @@ def make_schedule(config: OptimConfig, *, steps: int, peak: float | None = None)
     """The learning rate of step 0, 1, ..., steps - 1; `peak` replaces `config.learning_rate`.
 
     Step t of the warm-up has the rate peak (t + 1) / warmup_steps, so that the first step already learns. The decay
-    runs over the remaining steps and would reach its end at step `steps`, so that the last one still learns.
+    runs over the remaining steps and would reach its end at step `steps`, so that the last one still learns. In stages
+    with a schedule of their own that one holds.
     """
     peak = config.learning_rate if peak is None else peak
     decay = DECAYS[config.schedule]
     warmup = config.warmup_steps
 
-    def rate(step: jax.Array | int) -> jax.Array:
+    def part(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        rising = (step + 1) / max(warmup, 1)
         progress = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-        return peak * jnp.where(step < warmup, rising, decay(progress, config))
+        return jnp.where(step < warmup, _rising(step, warmup), decay(progress, config))
 
-    return rate
+    def staged(step: jax.Array | int) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        begun = [step >= piece.first_step for piece in reversed(config.pieces)]
+        return jnp.select(begun, [_piece_part(step, piece, part, warmup=warmup) for piece in reversed(config.pieces)])
+
+    return lambda step: peak * (staged(step) if config.pieces else part(step))
+
+
+def _piece_part(step: jax.Array, piece: RatePiece, run: Schedule, *, warmup: int) -> jax.Array:
+    """The part of the peak that one stage's schedule asks for; the run's warm-up bounds it as well."""
+    if piece.schedule == "run":
+        return piece.start * run(step)
+    progress = jnp.clip((step - piece.first_step) / piece.steps, 0.0, 1.0)
+    fallen = {"constant": jnp.zeros_like(progress), "linear": progress,
+              "cosine": 0.5 * (1 - jnp.cos(jnp.pi * progress))}[piece.schedule]
+    return jnp.minimum(_rising(step, warmup), 1.0) * (piece.start + (piece.end - piece.start) * fallen)
+
+
+def _rising(step: jax.Array, warmup: int) -> jax.Array:
+    return (step + 1) / max(warmup, 1)
 
 
 def constant(progress: jax.Array, config: OptimConfig) -> jax.Array:
