@@ -1,6 +1,6 @@
 """Attention over packed documents, the obvious way: all scores at once, in float32.
 
-Letters: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K, H head dim.
+Letters: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K, H head dim, W value dim.
 """
 
 from __future__ import annotations
@@ -8,17 +8,44 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from llmjax.kernels.attention.options import CAUSAL, NO_TERMS, Options, Terms
 
-def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, q_segment_ids_BT: jax.Array,
-              kv_segment_ids_BS: jax.Array, q_offset: jax.Array | int = 0) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v where query t, in slot q_offset + t, sees slots up to its own of its own segment."""
+MASKED = -1e30  # finite, so that a row that sees nothing is not NaN
+
+
+def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax.Array, *, q_segment_ids_BT: jax.Array,
+              kv_segment_ids_BS: jax.Array, q_offset: jax.Array | int = 0, options: Options = CAUSAL,
+              terms: Terms = NO_TERMS) -> jax.Array:
+    """See `api.attention`."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1], k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
-    causal_TS = q_offset + jnp.arange(T)[:, None] >= jnp.arange(S)[None, :]
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores_BNTS = scores_BKGTS.reshape(B, N, T, S) * options.score_scale(H)
+    if options.softcap:
+        scores_BNTS = options.softcap * jnp.tanh(scores_BNTS / options.softcap)
+    distance_TS = q_offset + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
+    if terms.slopes_N is not None:
+        scores_BNTS -= terms.slopes_N[None, :, None, None] * jnp.abs(distance_TS)[None, None]
     same_BTS = q_segment_ids_BT[:, :, None] == kv_segment_ids_BS[:, None, :]
-    visible_BTS = same_BTS & causal_TS[None]
-    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)  # the sum over S is taken in float32
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+    visible_BTS = same_BTS & _reached(distance_TS[None], options, terms)
+    scores_BNTS = jnp.where(visible_BTS[:, None], scores_BNTS, MASKED)
+    if terms.sinks_N is not None:
+        sinks_BNT1 = jnp.broadcast_to(terms.sinks_N[None, :, None, None], (B, N, T, 1)).astype(jnp.float32)
+        scores_BNTS = jnp.concatenate([scores_BNTS, sinks_BNT1], axis=-1)
+    weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)[..., :S].astype(v_BSKW.dtype)  # the sum is taken in float32
+    weights_BKGTS = weights_BNTS.reshape(B, K, N // K, T, S)
+    return jnp.einsum("BKGTS,BSKW->BTKGW", weights_BKGTS, v_BSKW).reshape(B, T, N, v_BSKW.shape[3])
+
+
+def _reached(distance_1TS: jax.Array, options: Options, terms: Terms) -> jax.Array:
+    """Whether a query's kind of attention reaches a slot at this distance behind it, (B or 1, T, S)."""
+    if options.kind == "bidirectional":
+        return jnp.full(distance_1TS.shape, True)
+    reached_1TS = distance_1TS >= 0
+    if options.window:
+        reached_1TS &= distance_1TS < options.window
+    if options.kind == "prefix":
+        assert terms.prefix_BS is not None, "attention with a prefix is told which slots it holds"
+        return reached_1TS | terms.prefix_BS[:, None, :]
+    return reached_1TS

@@ -1,32 +1,46 @@
-"""Attention in blocks of queries, each against the keys up to its own end, with its own derivative.
+"""Attention in blocks of queries, each against the keys that it can reach, with its own derivative.
 
-Blocks above the causal diagonal are never computed and the weights are recomputed in the derivative from the saved
-log of their denominator (Dao et al. 2022, algorithms 1 and 4, with one block of keys), so nothing of size T x T is
-stored. Written for platforms without a kernel of their own.
+Blocks above the causal diagonal, or before a window, are never computed and the weights are recomputed in the
+derivative from the saved log of their denominator (Dao et al. 2022, algorithms 1 and 4, with one block of keys), so
+nothing of size T x T is stored. Written for platforms without a kernel of their own.
 
-Letters: B batch, T queries and keys, N query heads, K key-value heads, G = N / K, H head dim; in block i, C queries
-see S = (i + 1) C keys.
+Letters: B batch, T queries and keys, N query heads, K key-value heads, G = N / K, H head dim, W value dim; in a block,
+C queries see S keys.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llmjax.kernels.attention.options import CAUSAL, NO_TERMS, Options, Terms
+
 MASKED = -1e30  # finite, so that a row that sees nothing gives zeros and not NaN
 MIN_BLOCK = 128
 MAX_BLOCKS = 8  # they are unrolled: compile time grows with their number
 
 
-def _blocks(num_tokens: int) -> Iterator[slice]:
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Some queries and the keys that they can reach."""
+
+    queries: slice
+    keys: slice
+
+
+def _blocks(num_tokens: int, options: Options) -> Iterator[Block]:
     """Equal blocks of queries, at least MIN_BLOCK long; one block where the length does not divide."""
     count = max(1, min(MAX_BLOCKS, num_tokens // MIN_BLOCK))
     size = num_tokens // count if num_tokens % count == 0 else num_tokens
     for start in range(0, num_tokens, size):
-        yield slice(start, start + size)
+        first = max(0, start - options.window + 1) if options.window and options.kind == "causal" else 0
+        last = start + size if options.kind == "causal" else num_tokens
+        yield Block(slice(start, start + size), slice(first, last))
 
 
 def _grouped(x_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
@@ -40,73 +54,128 @@ def _ungrouped(x_BKGTH: jax.Array) -> jax.Array:
     return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
 
 
-def _visible(segment_ids_BT: jax.Array, block: slice) -> jax.Array:
-    """Which keys up to the block's end each of its queries sees, (B, 1, 1, C, S)."""
-    queries, keys = segment_ids_BT[:, block], segment_ids_BT[:, : block.stop]
-    causal_CS = jnp.arange(block.start, block.stop)[:, None] >= jnp.arange(block.stop)[None, :]
-    return ((queries[:, :, None] == keys[:, None, :]) & causal_CS[None])[:, None, None]
+def _per_head(x_N: jax.Array, num_kv_heads: int) -> jax.Array:
+    """(1, K, G, 1, 1), in float32 as the scores are."""
+    return x_N.astype(jnp.float32).reshape(1, num_kv_heads, -1, 1, 1)
 
 
-def _scores(q_BKGCH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+def _distance(block: Block) -> jax.Array:
+    """How many slots each key lies behind each query, (C, S)."""
+    queries, keys = block.queries, block.keys
+    return jnp.arange(queries.start, queries.stop)[:, None] - jnp.arange(keys.start, keys.stop)[None, :]
+
+
+def _visible(segment_ids_BT: jax.Array, block: Block, options: Options, terms: Terms) -> jax.Array:
+    """Which of the block's keys each of its queries sees, (B, 1, 1, C, S)."""
+    same_BCS = segment_ids_BT[:, block.queries, None] == segment_ids_BT[:, None, block.keys]
+    if options.kind == "bidirectional":
+        return same_BCS[:, None, None]
+    reached_CS = _distance(block) >= 0
+    if options.window:
+        reached_CS &= _distance(block) < options.window
+    if options.kind == "prefix":
+        assert terms.prefix_BS is not None, "attention with a prefix is told which slots it holds"
+        return (same_BCS & (reached_CS[None] | terms.prefix_BS[:, None, block.keys]))[:, None, None]
+    return (same_BCS & reached_CS[None])[:, None, None]
+
+
+def _product(q_BKGCH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
     return jnp.einsum("BKGCH,BKSH->BKGCS", q_BKGCH, k_BKSH, preferred_element_type=jnp.float32)
 
 
-def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, q_segment_ids_BT: jax.Array,
-              kv_segment_ids_BS: jax.Array, q_offset: jax.Array | int = 0) -> jax.Array:
+def _scores(q_BKGCH: jax.Array, k_BKSH: jax.Array, block: Block, options: Options, terms: Terms) -> jax.Array:
+    """Scores of a block before the mask, float32; the queries are scaled already."""
+    scores = _product(q_BKGCH, k_BKSH)
+    if options.softcap:
+        scores = options.softcap * jnp.tanh(scores / options.softcap)
+    if terms.slopes_N is not None:
+        distance = jnp.abs(_distance(block)).astype(jnp.float32)
+        scores -= _per_head(terms.slopes_N, k_BKSH.shape[1]) * distance[None, None, None]
+    return scores
+
+
+def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax.Array, *, q_segment_ids_BT: jax.Array,
+              kv_segment_ids_BS: jax.Array, q_offset: jax.Array | int = 0, options: Options = CAUSAL,
+              terms: Terms = NO_TERMS) -> jax.Array:
     """See `api.attention`; takes a whole sequence onto itself, not queries that continue a cache."""
     if not isinstance(q_offset, int) or q_offset or q_BTNH.shape[1] != k_BSKH.shape[1]:
         raise NotImplementedError("queries and keys must be the same slots")
     del kv_segment_ids_BS  # the same as the queries'
-    return _attention(q_BTNH, k_BSKH, v_BSKH, q_segment_ids_BT)
+    return _attention(options, q_BTNH, k_BSKH, v_BSKW, q_segment_ids_BT, terms)
 
 
-@jax.custom_vjp
-def _attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(options: Options, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKW: jax.Array, segment_ids_BT: jax.Array,
+               terms: Terms) -> jax.Array:
+    return _forward(options, q_BTNH, k_BTKH, v_BTKW, segment_ids_BT, terms)[0]
 
 
-def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array,
-             segment_ids_BT: jax.Array) -> tuple[jax.Array, tuple]:
+def _forward(options: Options, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKW: jax.Array, segment_ids_BT: jax.Array,
+             terms: Terms) -> tuple[jax.Array, tuple]:
     T, K, H = q_BTNH.shape[1], k_BTKH.shape[2], q_BTNH.shape[3]
-    q_BKGTH = _grouped(q_BTNH, K) * H**-0.5
-    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    q_BKGTH = _grouped(q_BTNH, K) * options.score_scale(H)
+    k_BKTH, v_BKTW = k_BTKH.swapaxes(1, 2), v_BTKW.swapaxes(1, 2)
     outs, log_zs = [], []
-    for block in _blocks(T):
-        scores = _scores(q_BKGTH[:, :, :, block], k_BKTH[:, :, : block.stop])
-        scores = jnp.where(_visible(segment_ids_BT, block), scores, MASKED)
+    for block in _blocks(T, options):
+        scores = _scores(q_BKGTH[:, :, :, block.queries], k_BKTH[:, :, block.keys], block, options, terms)
+        scores = jnp.where(_visible(segment_ids_BT, block, options, terms), scores, MASKED)
         top = jnp.max(scores, axis=-1, keepdims=True)
+        if terms.sinks_N is not None:
+            top = jnp.maximum(top, _per_head(terms.sinks_N, K))
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)  # of float32 weights: up to T terms
-        out = jnp.einsum("BKGCS,BKSH->BKGCH", weights.astype(v_BKTH.dtype), v_BKTH[:, :, : block.stop],
+        if terms.sinks_N is not None:
+            total += jnp.exp(_per_head(terms.sinks_N, K) - top)
+        out = jnp.einsum("BKGCS,BKSW->BKGCW", weights.astype(v_BKTW.dtype), v_BKTW[:, :, block.keys],
                          preferred_element_type=jnp.float32)
         outs.append((out / total).astype(q_BTNH.dtype))
         log_zs.append(top + jnp.log(total))
-    out_BTNH = _ungrouped(jnp.concatenate(outs, axis=3))
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, out_BTNH, jnp.concatenate(log_zs, axis=3))
+    out_BTNW = _ungrouped(jnp.concatenate(outs, axis=3))
+    residuals = (q_BTNH, k_BTKH, v_BTKW, segment_ids_BT, terms, out_BTNW, jnp.concatenate(log_zs, axis=3))
+    return out_BTNW, residuals
 
 
-def _backward(residuals: tuple, dout_BTNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, out_BTNH, log_z_BKGT1 = residuals
-    T, K, H = q_BTNH.shape[1], k_BTKH.shape[2], q_BTNH.shape[3]
-    q_BKGTH, dout_BKGTH = _grouped(q_BTNH, K) * H**-0.5, _grouped(dout_BTNH, K)
-    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-    delta = dout_BKGTH.astype(jnp.float32) * _grouped(out_BTNH, K).astype(jnp.float32)
+def _backward(options: Options, residuals: tuple, dout_BTNW: jax.Array) -> tuple:
+    q_BTNH, k_BTKH, v_BTKW, segment_ids_BT, terms, out_BTNW, log_z_BKGT1 = residuals
+    T, K, scale = q_BTNH.shape[1], k_BTKH.shape[2], options.score_scale(q_BTNH.shape[3])
+    q_BKGTH, dout_BKGTW = _grouped(q_BTNH, K) * scale, _grouped(dout_BTNW, K)
+    k_BKTH, v_BKTW = k_BTKH.swapaxes(1, 2), v_BTKW.swapaxes(1, 2)
+    delta = dout_BKGTW.astype(jnp.float32) * _grouped(out_BTNW, K).astype(jnp.float32)
     delta_BKGT1 = jnp.sum(delta, axis=-1, keepdims=True)
     dqs = []
     dk_BKHT = jnp.zeros(k_BKTH.swapaxes(2, 3).shape, jnp.float32)  # summed over blocks in float32
-    dv_BKHT = jnp.zeros(v_BKTH.swapaxes(2, 3).shape, jnp.float32)
-    for block in _blocks(T):
-        q, dout, seen = q_BKGTH[:, :, :, block], dout_BKGTH[:, :, :, block], slice(0, block.stop)
-        k, v = k_BKTH[:, :, seen], v_BKTH[:, :, seen]
-        weights = jnp.exp(_scores(q, k) - log_z_BKGT1[:, :, :, block])
-        weights = jnp.where(_visible(segment_ids_BT, block), weights, 0.0)
-        dscores = (weights * (_scores(dout, v) - delta_BKGT1[:, :, :, block])).astype(q.dtype)
+    dv_BKWT = jnp.zeros(v_BKTW.swapaxes(2, 3).shape, jnp.float32)
+    for block in _blocks(T, options):
+        q, dout = q_BKGTH[:, :, :, block.queries], dout_BKGTW[:, :, :, block.queries]
+        k, v = k_BKTH[:, :, block.keys], v_BKTW[:, :, block.keys]
+        scores = _scores(q, k, block, options, terms)
+        weights = jnp.exp(scores - log_z_BKGT1[:, :, :, block.queries])
+        weights = jnp.where(_visible(segment_ids_BT, block, options, terms), weights, 0.0)
+        dscores = weights * (_product(dout, v) - delta_BKGT1[:, :, :, block.queries])
+        if options.softcap:
+            dscores *= _softcap_derivative(q, k, options)
+        dscores = dscores.astype(q.dtype)
         dqs.append(jnp.einsum("BKGCS,BKSH->BKGCH", dscores, k, preferred_element_type=jnp.float32))
-        dk_BKHT = dk_BKHT.at[:, :, :, seen].add(_over_queries(q, dscores))
-        dv_BKHT = dv_BKHT.at[:, :, :, seen].add(_over_queries(dout, weights.astype(dout.dtype)))
-    dq_BTNH = _ungrouped(jnp.concatenate(dqs, axis=3) * H**-0.5)
+        dk_BKHT = dk_BKHT.at[:, :, :, block.keys].add(_over_queries(q, dscores))
+        dv_BKWT = dv_BKWT.at[:, :, :, block.keys].add(_over_queries(dout, weights.astype(dout.dtype)))
+    dq_BTNH = _ungrouped(jnp.concatenate(dqs, axis=3) * scale)
     return (dq_BTNH.astype(q_BTNH.dtype), dk_BKHT.transpose(0, 3, 1, 2).astype(k_BTKH.dtype),
-            dv_BKHT.transpose(0, 3, 1, 2).astype(v_BTKH.dtype), None)
+            dv_BKWT.transpose(0, 3, 1, 2).astype(v_BTKW.dtype), None,
+            _terms_derivative(terms, log_z_BKGT1, delta_BKGT1))
+
+
+def _softcap_derivative(q_BKGCH: jax.Array, k_BKSH: jax.Array, options: Options) -> jax.Array:
+    return 1.0 - jnp.square(jnp.tanh(_product(q_BKGCH, k_BKSH) / options.softcap))
+
+
+def _terms_derivative(terms: Terms, log_z_BKGT1: jax.Array, delta_BKGT1: jax.Array) -> Terms | None:
+    """Of the sinks alone: they take their share of the weight and give no value."""
+    if terms.sinks_N is None:
+        return None
+    shares = jnp.exp(_per_head(terms.sinks_N, log_z_BKGT1.shape[1]) - log_z_BKGT1)
+    dsinks_N = -jnp.sum(shares * delta_BKGT1, axis=(0, 3, 4)).reshape(-1)
+    none = jax.tree.map(lambda _: None, terms)
+    return dataclasses.replace(none, sinks_N=dsinks_N.astype(terms.sinks_N.dtype))
 
 
 def _over_queries(x_BKGCH: jax.Array, weights_BKGCS: jax.Array) -> jax.Array:

@@ -23,7 +23,13 @@ PARAM_RULES: Rules = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "latent": "fsdp",  # inputs of the projections out of a latent
+    "expert": "expert",
+    "router": None,  # a logit an expert: every device routes over all of them
+    "balance": None,  # what the loads of the experts move, and no gradient
     "norm": None,
+    "vector": None,  # a head's dims of what is no matrix: biases, scales of norms
+    "positions": None,
 }
 
 ACT_RULES: Rules = {

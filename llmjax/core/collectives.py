@@ -107,6 +107,16 @@ def leave_tensor(x: jax.Array) -> jax.Array:
     return _leave_tensor(x) if manual_size("tensor") > 1 else x
 
 
+def share_over_tensor(weight: jax.Array) -> jax.Array:
+    """A weight that all tensor-parallel shards hold whole, each for its own heads: its derivatives are summed."""
+    return _enter_tensor(weight) if manual_size("tensor") > 1 else weight
+
+
+def add_over_tensor(x: jax.Array) -> jax.Array:
+    """The sum of the shards' partial results within a tensor-parallel region; so is its derivative."""
+    return _enter_tensor(_leave_tensor(x)) if manual_size("tensor") > 1 else x
+
+
 def shard_index(axis: str) -> jax.Array | int:
     """Which shard of `axis` this is; 0 where it does not split."""
     return lax.axis_index(axis) if manual_size(axis) > 1 else 0

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from llmjax.core.model_sections import ModelConfig
 from llmjax.core.stage_sections import RatePiece, StageConfig
-
-Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,38 +16,6 @@ class TaskConfig:
     name: Literal["pretrain", "sft", "dpo"] = "pretrain"
     beta: float = 0.1  # DPO: strength of the pull towards the reference policy
     z_loss: float = 0.0  # weight of log(Z)^2 beside the cross-entropy
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than the base model's."""
-
-    kind: Literal["none", "linear", "llama3"] = "none"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_seq_len: int = 8192
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """A decoder: sizes, positions, precision."""
-
-    vocab_size: int = 0  # 0: the tokenizer's
-    num_layers: int = 4
-    dim: int = 256  # width of the residual stream
-    num_heads: int = 8
-    num_kv_heads: int = 8
-    head_dim: int = 32
-    mlp_dim: int = 1024
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling = RopeScaling()
-    norm_eps: float = 1e-5
-    embeddings: Literal["tied", "untied"] = "untied"
-    max_seq_len: int = 2048  # the longest context generation allows
-    compute_dtype: Dtype = "bfloat16"
-    param_dtype: Dtype = "float32"
-    init_scale: float = 0.02  # standard deviation of the normal initialisation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +111,10 @@ class TrainConfig:
 class CheckpointConfig:
     """When to save and what to keep."""
 
-    every: int = 100
-    keep: int = 2
+    every: int = 100  # steps
+    keep: int = 2  # the last ones
+    keep_every: int = 0  # multiples of this many steps are kept for good; 0: none
+    remote: str = ""  # URL of a bucket that gets a copy: gs://bucket/run, s3://bucket/run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +127,12 @@ class GuardConfig:
     patience: int = 50  # bad steps in a row until the run is rolled back to its last good checkpoint
     max_rollbacks: int = 3  # then the run stops
     rate_cut: float = 0.3  # share of the learning rate that a roll-back takes away
+    loss_rise: float = 1.0  # nats above the median loss at which a step counts as bad
+    plateau_steps: int = 1000  # over which a loss has to fall, else the logbook says so; 0: not watched
+    early_stop: int = 0  # held-out losses in a row without a new best that end the run; 0: none do
+    hang_seconds: float = 1800.0  # without a step until stacks are written and a restart is asked for; 0: never
+    check_every: int = 1000  # steps between looks at embeddings, replicas and lagging processes; 0: never
+    monitors: Literal["basic", "full"] = "basic"  # full: norms by group, and some work done twice to find bad chips
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,8 +148,8 @@ def make_rows(spans: Sequence[Span], packed: Sequence[Sequence[int]], *, num_row
 def _score_rows(config: ModelConfig, params: Params, rows: Rows, *, chunk: int) -> tuple[jax.Array, jax.Array]:
     """Log-probability (S,) of each scored token and whether it is the most probable; zeros beyond the real ones."""
     model = decoder.abstract_model(config)
-    hidden_BTD, _ = decoder.forward(model, params, rows.tokens_BT, positions_BT=rows.positions_BT,
-                                    segment_ids_BT=rows.segment_ids_BT)
+    hidden_BTD = decoder.forward(model, params, rows.tokens_BT, positions_BT=rows.positions_BT,
+                                 segment_ids_BT=rows.segment_ids_BT).hidden_BTD
     hidden_XD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
 
     def score_chunk(i: jax.Array, scored: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -1,77 +1,100 @@
-"""Grouped-query attention (Ainslie et al. 2023) with rotary positions, packed documents and a cache.
+"""Grouped-query attention (Ainslie et al. 2023) over packed documents, with a cache.
 
 Letters: B batch, T time of queries, S slots of keys, D model width, N query heads, K key-value heads, H head dim.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from llmjax.core import collectives
-from llmjax.core.sections import ModelConfig
+from llmjax.core.model_sections import AttentionConfig, ModelConfig, Span
 from llmjax.kernels.attention import api as kernel
+from llmjax.kernels.attention.options import Options, Terms
 from llmjax.models import rope
+from llmjax.models.cache import KVCache
 from llmjax.models.dense import dense
-from llmjax.models.param import param, weight
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionInputs:
-    """What every layer's attention shares: rotary tables, who belongs to which document, where new slots begin."""
-
-    cos_BT1H: jax.Array
-    sin_BT1H: jax.Array
-    q_segment_ids_BT: jax.Array
-    kv_segment_ids_BS: jax.Array
-    q_offset: jax.Array | int  # slot of the first query
-
-
-jax.tree_util.register_dataclass(
-    AttentionInputs, meta_fields=[],
-    data_fields=["cos_BT1H", "sin_BT1H", "q_segment_ids_BT", "kv_segment_ids_BS", "q_offset"])
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """One layer's slots."""
-
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
-
-
-jax.tree_util.register_dataclass(LayerCache, data_fields=["k_BSKH", "v_BSKH"], meta_fields=[])
+from llmjax.models.inputs import BlockInputs
+from llmjax.models.norm import HeadNorm
+from llmjax.models.param import output_init, param, weight
 
 
 class Attention(nnx.Module):
-    """softmax(q k^T / sqrt(H)) v, with N // K query heads sharing each key-value head."""
+    """softmax(scale q k^T) v, with N // K query heads sharing each key-value head."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.dtype = config.compute_dtype
-        D, N, K, H = config.dim, config.num_heads, config.num_kv_heads, config.head_dim
-        init, dtype = nnx.initializers.normal(config.init_scale), config.param_dtype
-        init_out = nnx.initializers.normal(config.init_scale / (2 * config.num_layers) ** 0.5)
-        self.q = param(rngs, (D, N, H), axes=("embed", "heads", "head_dim"), init=init, dtype=dtype)
-        self.k = param(rngs, (D, K, H), axes=("embed", "kv_heads", "head_dim"), init=init, dtype=dtype)
-        self.v = param(rngs, (D, K, H), axes=("embed", "kv_heads", "head_dim"), init=init, dtype=dtype)
-        self.o = param(rngs, (N, H, D), axes=("heads", "head_dim", "embed"), init=init_out, dtype=dtype)
+        self.config, self.dtype, self.positions = config.attention, config.compute_dtype, config.positions
+        D, N, K, H, dtype = config.dim, config.num_heads, config.num_kv_heads, config.head_dim, config.param_dtype
+        self.num_heads = N  # on all shards together
+        init, zeros = nnx.initializers.normal(config.init_scale), nnx.initializers.zeros
+        for name, heads, heads_axis in (("q", N, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")):
+            shape, axes = (heads, H), (heads_axis, "head_dim")
+            setattr(self, name, param(rngs, (D, *shape), axes=("embed", *axes), init=init, dtype=dtype))
+            if self.config.bias != "none":
+                bias = param(rngs, shape, axes=(heads_axis, "vector"), init=zeros, dtype=dtype)
+                setattr(self, f"{name}_bias", bias)
+        self.o = param(rngs, (N, H, D), axes=("heads", "head_dim", "embed"), init=output_init(config), dtype=dtype)
+        if self.config.bias == "all":
+            self.o_bias = param(rngs, (D,), axes=("norm",), init=zeros, dtype=dtype)
+        if self.config.qk_norm != "none":
+            self.q_norm = HeadNorm(config, rngs, num_heads=N, heads_axis="heads")
+            self.k_norm = HeadNorm(config, rngs, num_heads=K, heads_axis="kv_heads")
+        if self.config.sinks == "learned":
+            self.sinks = param(rngs, (N,), axes=("heads",), init=init, dtype=dtype)
 
-    def __call__(self, x_BTD: jax.Array, shared: AttentionInputs,
-                 cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: KVCache | None, *,
+                 span: Span) -> tuple[jax.Array, KVCache | None]:
         x_BTD = collectives.enter_tensor(x_BTD)
-        q_BTNH = dense(x_BTD, weight(self.q, self.dtype))
-        k_BSKH = dense(x_BTD, weight(self.k, self.dtype))
-        v_BSKH = dense(x_BTD, weight(self.v, self.dtype))
-        q_BTNH = rope.rotate(q_BTNH, shared.cos_BT1H, shared.sin_BT1H)
-        k_BSKH = rope.rotate(k_BSKH, shared.cos_BT1H, shared.sin_BT1H)
+        q_BTNH, k_BSKH, v_BSKH = (self._project(x_BTD, name) for name in ("q", "k", "v"))
+        if self.config.qk_norm != "none":
+            q_BTNH, k_BSKH = self.q_norm(q_BTNH), self.k_norm(k_BSKH)
+        q_BTNH = rope.rotate(q_BTNH, inputs.rope[span])
+        k_BSKH = rope.rotate(k_BSKH, inputs.rope[span])
         if cache is not None:
-            k_BSKH = lax.dynamic_update_slice_in_dim(cache.k_BSKH, k_BSKH, shared.q_offset, axis=1)
-            v_BSKH = lax.dynamic_update_slice_in_dim(cache.v_BSKH, v_BSKH, shared.q_offset, axis=1)
-            cache = LayerCache(k_BSKH, v_BSKH)
-        out_BTNH = kernel.attention(q_BTNH, k_BSKH, v_BSKH, q_segment_ids_BT=shared.q_segment_ids_BT,
-                                    kv_segment_ids_BS=shared.kv_segment_ids_BS, q_offset=shared.q_offset)
-        out_BTD = dense(out_BTNH, weight(self.o, self.dtype), num_in_dims=2)
-        return collectives.leave_tensor(out_BTD), cache
+            k_BSKH = lax.dynamic_update_slice_in_dim(cache.k_BSKH, k_BSKH, inputs.q_offset, axis=1)
+            v_BSKH = lax.dynamic_update_slice_in_dim(cache.v_BSKH, v_BSKH, inputs.q_offset, axis=1)
+            cache = KVCache(k_BSKH, v_BSKH)
+        out_BTNH = kernel.attention(q_BTNH, k_BSKH, v_BSKH, q_segment_ids_BT=inputs.q_segment_ids_BT,
+                                    kv_segment_ids_BS=inputs.kv_segment_ids_BS, q_offset=inputs.q_offset,
+                                    options=options(self.config, span=span), terms=self._terms(q_BTNH.shape[2]))
+        out_BTD = collectives.leave_tensor(dense(out_BTNH, weight(self.o, self.dtype), num_in_dims=2))
+        if self.config.bias == "all":
+            out_BTD = out_BTD + weight(self.o_bias, self.dtype)[None, None]
+        return out_BTD, cache
+
+    def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
+        y_BTNH = dense(x_BTD, weight(getattr(self, name), self.dtype))
+        if self.config.bias == "none":
+            return y_BTNH
+        return y_BTNH + weight(getattr(self, f"{name}_bias"), self.dtype)[None, None]
+
+    def _terms(self, local_heads: int) -> Terms:
+        """What this shard's heads add to their scores."""
+        sinks_N = weight(self.sinks, "float32") if self.config.sinks == "learned" else None
+        if self.positions != "alibi":
+            return Terms(sinks_N=sinks_N)
+        slopes_N = jnp.asarray(alibi_slopes(self.num_heads))
+        first = collectives.shard_index("tensor") * local_heads
+        return Terms(slopes_N=lax.dynamic_slice_in_dim(slopes_N, first, local_heads), sinks_N=sinks_N)
+
+
+def options(config: AttentionConfig, *, span: Span) -> Options:
+    """The kernel's options for a layer of this span."""
+    return Options(window=config.window if span == "local" else 0, softcap=config.softcap, scale=config.scale)
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """A geometric sequence from 2^(-8 / N) on (Press et al. 2022, section 3), (N,) float32.
+
+    For a number of heads that is no power of two: the sequence of the power below, then every other value of the next.
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = 2.0 ** (-8.0 / power * np.arange(1, power + 1))
+    between = 2.0 ** (-4.0 / power * np.arange(1, 2 * power, 2))
+    return np.concatenate([slopes, between])[:num_heads].astype(np.float32)

@@ -7,82 +7,104 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llmjax.core import axes as axes_lib
 from llmjax.core import collectives
-from llmjax.core.sections import ModelConfig
+from llmjax.core.model_sections import ModelConfig, Span
 from llmjax.core.task import Params
-from llmjax.models import rope
-from llmjax.models.attention import Attention, AttentionInputs, LayerCache
+from llmjax.models.block import Aux, Block, Layer, LayerOutput
 from llmjax.models.cache import Cache
-from llmjax.models.layers import MLP, Embedder, Head, RMSNorm
+from llmjax.models.groups import LayerGroup, layer_groups
+from llmjax.models.inputs import BlockInputs, block_inputs
+from llmjax.models.layers import Embedder, Head
+from llmjax.models.multi_token import AheadOutput, Depth, run_depths
+from llmjax.models.noise import Noise, dropout
+from llmjax.models.norm import Norm
 from llmjax.models.param import logical_axes, stack, weight
-from llmjax.models.stack import Execution, run_layers
+from llmjax.models.stack import ApplyBlock, Execution, run_layers
+
+EMBEDDING_SITE = 0  # of the randomness outside of the layers
 
 
-class Block(nnx.Module):
-    """Attention and MLP, each on a normed copy of the residual stream."""
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a forward pass gives."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.attn_norm = RMSNorm(config, rngs)
-        self.attn = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config, rngs)
-        self.mlp = MLP(config, rngs)
-
-    def __call__(self, x_BTD: jax.Array, shared: AttentionInputs,
-                 cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
-        attended_BTD, cache = self.attn(self.attn_norm(x_BTD), shared, cache)
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+    hidden_BTD: jax.Array  # final, ready for the head, in compute precision
+    cache: Cache | None  # with the new tokens in it, where one was given
+    aux: Aux  # what the layers report, stacked over those that do, summed over this device's tokens
 
 
 class Decoder(nnx.Module):
-    """A decoder-only Transformer (Vaswani et al. 2017; layout of Llama, Touvron et al. 2023)."""
+    """A decoder-only Transformer (Vaswani et al. 2017), its parts picked by the config."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         self.embedder = Embedder(config, rngs)
-        self.blocks = stack(functools.partial(Block, config), rngs, config.num_layers)
-        self.final_norm = RMSNorm(config, rngs)
+        if config.norm.embedding == "norm":
+            self.embedding_norm = Norm(config, rngs)
+        for group in layer_groups(config):
+            setattr(self, group.name, stack(functools.partial(Block, config, mlp=group.mlp), rngs, group.num_layers))
+        self.final_norm = Norm(config, rngs)
         if config.embeddings == "untied":
             self.head = Head(config, rngs)
+        if config.multi_token:
+            mlp = layer_groups(config)[-1].mlp
+            self.multi_token = stack(functools.partial(Depth, config, mlp=mlp), rngs, config.multi_token)
 
     def __call__(self, tokens_BT: jax.Array, *, positions_BT: jax.Array, segment_ids_BT: jax.Array,
-                 cache: Cache | None, execution: Execution) -> tuple[jax.Array, Cache | None]:
-        shared, cache = self._shared(positions_BT, segment_ids_BT, cache)
-        blockdef, stacked = nnx.split(self.blocks)
+                 cache: Cache | None, noise: Noise | None, execution: Execution) -> Output:
+        inputs = block_inputs(self.config, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache,
+                              noise=noise)
+        x_BTD = self._embed(tokens_BT, positions_BT, noise)
+        caches: dict[str, Any] = {}
+        aux: Aux = {}
+        for group in layer_groups(self.config):
+            x_BTD, left = self._run(group, x_BTD, inputs, cache, execution=execution)
+            caches[group.name] = left.cache
+            aux |= left.aux
+        if cache:
+            cache = Cache(caches, inputs.kv_segment_ids_BS, cache.length + positions_BT.shape[1])
+        x_BTD = self.final_norm(x_BTD)
+        return Output(x_BTD if self.config.logit_scale == 1.0 else x_BTD * self.config.logit_scale, cache, aux)
 
-        def apply_block(x_BTD: jax.Array, layer: tuple[Any, LayerCache | None],
-                        shared: AttentionInputs) -> tuple[jax.Array, LayerCache | None]:
-            params, layer_cache = layer
-            return nnx.merge(blockdef, params)(x_BTD, shared, layer_cache)
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, noise: Noise | None) -> jax.Array:
+        x_BTD = self.embedder(tokens_BT, positions_BT)
+        if self.config.norm.embedding == "norm":
+            x_BTD = self.embedding_norm(x_BTD)
+        if noise is None:
+            return x_BTD
+        return dropout(x_BTD, noise.at(layer=self.config.num_layers, site=EMBEDDING_SITE), rate=self.config.dropout)
 
-        layer_caches = LayerCache(cache.k_LBSKH, cache.v_LBSKH) if cache else None
-        x_BTD, layer_caches = run_layers(apply_block, self.embedder(tokens_BT), (stacked, layer_caches), shared,
-                                         execution=execution)
-        if cache and layer_caches:
-            cache = dataclasses.replace(cache, k_LBSKH=layer_caches.k_BSKH, v_LBSKH=layer_caches.v_BSKH)
-        return self.final_norm(x_BTD), cache
+    def _run(self, group: LayerGroup, x_BTD: jax.Array, inputs: BlockInputs, cache: Cache | None, *,
+             execution: Execution) -> tuple[jax.Array, LayerOutput]:
+        """`x_BTD` through the layers of a group; what they leave is stacked."""
+        blockdef, stacked = nnx.split(getattr(self, group.name))
 
-    def _shared(self, positions_BT: jax.Array, segment_ids_BT: jax.Array,
-                cache: Cache | None) -> tuple[AttentionInputs, Cache | None]:
-        """What all layers' attention needs, computed once; the cache with the new tokens' slots claimed."""
-        config = self.config
-        inverse = rope.frequencies(config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
-        cos, sin = rope.tables(positions_BT, inverse)
-        if cache is None:
-            return AttentionInputs(cos, sin, segment_ids_BT, segment_ids_BT, 0), None
-        kv_segment_ids_BS = lax.dynamic_update_slice_in_dim(cache.segment_ids_BS, segment_ids_BT, cache.length, axis=1)
-        shared = AttentionInputs(cos, sin, segment_ids_BT, kv_segment_ids_BS, cache.length)
-        length = cache.length + positions_BT.shape[1]
-        return shared, dataclasses.replace(cache, segment_ids_BS=kv_segment_ids_BS, length=length)
+        def apply_block(x_BTD: jax.Array, layer: Layer, inputs: BlockInputs, *,
+                        span: Span) -> tuple[jax.Array, LayerOutput]:
+            return nnx.merge(blockdef, layer.params)(x_BTD, inputs, layer, span=span)
+
+        numbers_L = group.first_layer + jnp.arange(group.num_layers)
+        layers = Layer(stacked, cache.layers[group.name] if cache else None, numbers_L)
+        blocks: list[ApplyBlock] = [functools.partial(apply_block, span=span) for span in group.spans]
+        return run_layers(blocks, x_BTD, layers, inputs, execution=execution)
+
+    def look_ahead(self, hidden_BTD: jax.Array, batch: Mapping[str, jax.Array], *, noise: Noise | None,
+                   execution: Execution) -> AheadOutput:
+        """The further heads, on the hidden states of a forward pass over the batch."""
+        inputs = block_inputs(self.config, positions_BT=batch["positions_BT"], segment_ids_BT=batch["segment_ids_BT"],
+                              cache=None, noise=noise)
+        return run_depths(self.multi_token, hidden_BTD, batch, inputs=inputs, num_depths=self.config.multi_token,
+                          embed=lambda tokens_BT: self._embed(tokens_BT, batch["positions_BT"], noise),
+                          first_layer=self.config.num_layers + 1, execution=execution)
 
     def head_kernel(self) -> jax.Array:
         """The output projection, (D, V), in compute precision."""
@@ -134,11 +156,17 @@ def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None) -> Param
 
 
 def forward(model: Model, params: Params, tokens_BT: jax.Array, *, positions_BT: jax.Array, segment_ids_BT: jax.Array,
-            cache: Cache | None = None, execution: Execution = Execution()) -> tuple[jax.Array, Cache | None]:
-    """Final hidden states (B, T, D) in compute precision, and the cache with the new tokens in it."""
+            cache: Cache | None = None, noise: Noise | None = None, execution: Execution = Execution()) -> Output:
+    """Run the tokens; `noise` is what training's dropout and router jitter draw from, None elsewhere."""
     decoder = nnx.merge(model.graphdef, params)
-    return decoder(tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache,
+    return decoder(tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache, noise=noise,
                    execution=execution)
+
+
+def look_ahead(model: Model, params: Params, hidden_BTD: jax.Array, batch: Mapping[str, jax.Array], *,
+               noise: Noise | None = None, execution: Execution = Execution()) -> AheadOutput:
+    """What the heads of multi-token prediction make of a forward pass over `batch`."""
+    return nnx.merge(model.graphdef, params).look_ahead(hidden_BTD, batch, noise=noise, execution=execution)
 
 
 def head_kernel(model: Model, params: Params) -> jax.Array:
@@ -149,5 +177,7 @@ def head_kernel(model: Model, params: Params) -> jax.Array:
 def logits(model: Model, params: Params, hidden_BTD: jax.Array) -> jax.Array:
     """Logits (B, T, V) in float32."""
     kernel_DV = head_kernel(model, params)
-    return jnp.einsum("BTD,DV->BTV", collectives.enter_tensor(hidden_BTD), kernel_DV,
-                      preferred_element_type=jnp.float32)
+    logits_BTV = jnp.einsum("BTD,DV->BTV", collectives.enter_tensor(hidden_BTD), kernel_DV,
+                            preferred_element_type=jnp.float32)
+    softcap = model.config.logit_softcap
+    return softcap * jnp.tanh(logits_BTV / softcap) if softcap else logits_BTV

@@ -1,77 +1,114 @@
-"""The layers beside attention: embedding, RMS norm, gated MLP, output head.
+"""The layers beside attention and norms: embedding, MLP, output head.
 
-Letters: B batch, T time, D model width, F MLP width, V vocabulary.
+Letters: B batch, T time, D model width, F MLP width, V vocabulary, P positions.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from llmjax.core import collectives
-from llmjax.core.sections import ModelConfig
+from llmjax.core.model_sections import ModelConfig
 from llmjax.models.dense import dense
-from llmjax.models.param import param, weight
+from llmjax.models.norm import recomputed
+from llmjax.models.param import output_init, param, weight
 
-# Elementwise work is cheap to repeat and its intermediates are large: only the inputs wait for the derivative.
-_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
-
-
-@functools.partial(_recomputed, static_argnums=2)
-def _rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    x32_BTD = x_BTD.astype(jnp.float32)  # the mean of squares loses too much in bfloat16
-    inverse = lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True) + eps)
-    return (x32_BTD * inverse * scale_D[None, None, :]).astype(x_BTD.dtype)
+SWIGLU_LIMIT, SWIGLU_SLOPE = 7.0, 1.702  # of the clamped form (OpenAI 2025)
 
 
-@_recomputed
-def _gated(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate_BTF) * up_BTF
+def _swiglu_clamped(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+    gate_BTF = jnp.minimum(gate_BTF, SWIGLU_LIMIT)
+    up_BTF = jnp.clip(up_BTF, -SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return gate_BTF * jax.nn.sigmoid(SWIGLU_SLOPE * gate_BTF) * (up_BTF + 1.0)
 
 
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale (Zhang and Sennrich 2019, equation 4)."""
+# Of a gate and what it gates (Shazeer 2020).
+GATED: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "swiglu": lambda gate, up: jax.nn.silu(gate) * up,
+    "swiglu_clamped": _swiglu_clamped,
+    "geglu": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
+    "geglu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
+}
+# Of one projection (relu2: So et al. 2021; gelu: Hendrycks and Gimpel 2016, exactly or by its tanh approximation).
+PLAIN: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda up: jax.nn.gelu(up, approximate=False),
+    "gelu_tanh": lambda up: jax.nn.gelu(up, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda up: jnp.square(jax.nn.relu(up)),
+}
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.eps = config.norm_eps
-        self.scale = param(rngs, (config.dim,), axes=("norm",), init=nnx.initializers.ones, dtype=config.param_dtype)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return _rms_norm(x_BTD, weight(self.scale, "float32"), self.eps)
+@functools.partial(recomputed, static_argnums=2)
+def gated(gate_BTF: jax.Array, up_BTF: jax.Array, activation: str) -> jax.Array:
+    """The activation of a gated MLP."""
+    return GATED[activation](gate_BTF, up_BTF)
+
+
+@functools.partial(recomputed, static_argnums=1)
+def _activated(up_BTF: jax.Array, activation: str) -> jax.Array:
+    return PLAIN[activation](up_BTF)
 
 
 class MLP(nnx.Module):
-    """SwiGLU: (silu(x W_gate) * (x W_up)) W_down (Shazeer 2020, equation 6)."""
+    """activation(x W_gate, x W_up) W_down, or activation(x W_up) W_down where nothing gates."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.dtype = config.compute_dtype
-        D, F = config.dim, config.mlp_dim
-        init, dtype = nnx.initializers.normal(config.init_scale), config.param_dtype
-        init_out = nnx.initializers.normal(config.init_scale / (2 * config.num_layers) ** 0.5)
-        self.gate = param(rngs, (D, F), axes=("embed", "mlp"), init=init, dtype=dtype)
-        self.up = param(rngs, (D, F), axes=("embed", "mlp"), init=init, dtype=dtype)
-        self.down = param(rngs, (F, D), axes=("mlp", "embed"), init=init_out, dtype=dtype)
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, mlp_dim: int):
+        self.activation, self.dtype = config.activation, config.compute_dtype
+        D, F, dtype = config.dim, mlp_dim, config.param_dtype
+        init, zeros = nnx.initializers.normal(config.init_scale), nnx.initializers.zeros
+        inputs = ("gate", "up") if config.activation in GATED else ("up",)
+        for name in inputs:
+            setattr(self, name, param(rngs, (D, F), axes=("embed", "mlp"), init=init, dtype=dtype))
+        self.down = param(rngs, (F, D), axes=("mlp", "embed"), init=output_init(config), dtype=dtype)
+        self.has_bias = config.mlp_bias == "all"
+        if self.has_bias:
+            for name in inputs:
+                setattr(self, f"{name}_bias", param(rngs, (F,), axes=("mlp",), init=zeros, dtype=dtype))
+            self.down_bias = param(rngs, (D,), axes=("norm",), init=zeros, dtype=dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = collectives.enter_tensor(x_BTD)
-        gate_BTF = dense(x_BTD, weight(self.gate, self.dtype))
-        up_BTF = dense(x_BTD, weight(self.up, self.dtype))
-        return collectives.leave_tensor(dense(_gated(gate_BTF, up_BTF), weight(self.down, self.dtype)))
+        up_BTF = self._input(x_BTD, "up")
+        if self.activation in GATED:
+            inner_BTF = gated(self._input(x_BTD, "gate"), up_BTF, self.activation)
+        else:
+            inner_BTF = _activated(up_BTF, self.activation)
+        out_BTD = collectives.leave_tensor(dense(inner_BTF, weight(self.down, self.dtype)))
+        return out_BTD + weight(self.down_bias, self.dtype)[None, None] if self.has_bias else out_BTD
+
+    def _input(self, x_BTD: jax.Array, name: str) -> jax.Array:
+        y_BTF = dense(x_BTD, weight(getattr(self, name), self.dtype))
+        return y_BTF + weight(getattr(self, f"{name}_bias"), self.dtype)[None, None] if self.has_bias else y_BTF
 
 
 class Embedder(nnx.Module):
-    """The token table, split over the vocabulary on tensor-parallel meshes."""
+    """The token table, split over the vocabulary on tensor-parallel meshes, plus positions where they are added."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.dtype = config.compute_dtype
-        self.table = param(rngs, (config.vocab_size, config.dim), axes=("vocab", "embed"),
-                           init=nnx.initializers.normal(config.init_scale), dtype=config.param_dtype)
+        self.dtype, self.scale, self.positions = config.compute_dtype, config.embedding_scale, config.positions
+        init = nnx.initializers.normal(config.init_scale)
+        self.table = param(rngs, (config.vocab_size, config.dim), axes=("vocab", "embed"), init=init,
+                           dtype=config.param_dtype)
+        if config.positions == "learned":
+            self.position_table = param(rngs, (config.max_seq_len, config.dim), axes=("positions", "embed"), init=init,
+                                        dtype=config.param_dtype)
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        x_BTD = self._tokens(tokens_BT)
+        if self.scale != 1.0:
+            x_BTD = x_BTD * self.scale
+        if self.positions == "learned":
+            return x_BTD + weight(self.position_table, self.dtype)[positions_BT]
+        if self.positions == "sinusoidal":
+            return x_BTD + sinusoids(positions_BT, dim=x_BTD.shape[-1]).astype(x_BTD.dtype)
+        return x_BTD
+
+    def _tokens(self, tokens_BT: jax.Array) -> jax.Array:
         table_VD = weight(self.table, self.dtype)
         if collectives.manual_size("tensor") == 1:
             return table_VD[tokens_BT]
@@ -79,6 +116,13 @@ class Embedder(nnx.Module):
         held_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
         rows_BTD = table_VD[jnp.where(held_BT, local_BT, 0)] * held_BT[..., None].astype(table_VD.dtype)
         return collectives.leave_tensor(rows_BTD)  # every token is held by one shard
+
+
+def sinusoids(positions_BT: jax.Array, *, dim: int) -> jax.Array:
+    """Sines and cosines of each position, alternating (Vaswani et al. 2017, section 3.5), (B, T, dim) float32."""
+    rates_P = 10_000.0 ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    angles_BTP = positions_BT[:, :, None].astype(jnp.float32) * rates_P[None, None]
+    return jnp.stack([jnp.sin(angles_BTP), jnp.cos(angles_BTP)], axis=-1).reshape(*positions_BT.shape, dim)
 
 
 class Head(nnx.Module):

@@ -11,6 +11,7 @@ from flax import nnx
 
 from llmjax.core import axes as axes_lib
 from llmjax.core import collectives, tree
+from llmjax.core.model_sections import ModelConfig
 
 Initializer = Callable[..., jax.Array]
 
@@ -22,9 +23,18 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], *, axes: axes_lib.Axes, init: 
 
 
 def weight(variable: nnx.Param, dtype: str) -> jax.Array:
-    """A parameter ready for a matmul: in compute precision, gathered over the axes that shard it."""
-    spec = axes_lib.spec(variable.axes, axes_lib.PARAM_RULES)
+    """A parameter ready for a matmul: in compute precision, gathered over the axes that shard it.
+
+    Experts stay where they are: tokens go to them.
+    """
+    axes = tuple(None if axis == "expert" else axis for axis in variable.axes)
+    spec = axes_lib.spec(axes, axes_lib.PARAM_RULES)
     return collectives.gather(variable.get_value(), spec, dtype=dtype)
+
+
+def output_init(config: ModelConfig) -> Initializer:
+    """The initialiser of a projection back to the residual stream: smaller the more layers add to it."""
+    return nnx.initializers.normal(config.init_scale / (2 * config.num_layers) ** 0.5)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, num_layers: int) -> nnx.Module:

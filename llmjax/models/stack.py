@@ -1,15 +1,17 @@
 """The one place that runs stacked layers: scanned, recomputed in the derivative or not.
 
-Letters: B batch, T time, D model width, L layers.
+Letters: B batch, T time, D model width, L layers, P layers of a period.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -19,7 +21,7 @@ from llmjax.core.sections import Config
 ApplyBlock = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
 
 policies = jax.checkpoint_policies
-# By train.remat: what of a block's forward pass waits for its derivative, given the names in train.remat_names.
+# By train.remat: what of a block's forward pass waits for its derivative, given the names of train.remat_names.
 REMAT_POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
     "full": lambda names: None,  # its input alone
     "save_matmuls": lambda names: policies.dots_with_no_batch_dims_saveable,
@@ -44,13 +46,40 @@ def execution_of(config: Config) -> Execution:
     return Execution(remat=config.train.remat, remat_names=names)
 
 
-def run_layers(apply_block: ApplyBlock, x_BTD: jax.Array, layers: Any, shared: Any, *,
+def run_layers(blocks: Sequence[ApplyBlock], x_BTD: jax.Array, layers: Any, shared: Any, *,
                execution: Execution) -> tuple[jax.Array, Any]:
-    """`x_BTD` through all blocks in turn, and what each of them leaves, stacked; leaves of `layers` are (L, ...)."""
-    def body(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        return apply_block(checkpoint_name(x_BTD, "block_input"), layer, shared)
+    """`x_BTD` through all layers in turn, and what each of them leaves, stacked.
 
-    return lax.scan(recomputed(body, execution), x_BTD, layers)
+    Leaves of `layers` are (L, ...); `blocks` is the period in which layers differ: layer i is run by blocks[i % P].
+    """
+    bodies = [recomputed(functools.partial(_apply, block, shared), execution) for block in blocks]
+    if len(bodies) == 1:
+        return lax.scan(bodies[0], x_BTD, layers)
+
+    def run_some(x_BTD: jax.Array, some: Any) -> tuple[jax.Array, Any]:
+        left = []
+        for i in range(jax.tree.leaves(some)[0].shape[0]):
+            x_BTD, one = bodies[i](x_BTD, _take(some, i))
+            left.append(one)
+        return x_BTD, jax.tree.map(lambda *ones: jnp.stack(ones), *left)
+
+    P, L = len(bodies), jax.tree.leaves(layers)[0].shape[0]
+    whole = L - L % P
+    repeats = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, P, *leaf.shape[1:]), layers)
+    x_BTD, left = lax.scan(run_some, x_BTD, repeats)
+    left = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), left)
+    if whole == L:
+        return x_BTD, left
+    x_BTD, last = run_some(x_BTD, jax.tree.map(lambda leaf: leaf[whole:], layers))
+    return x_BTD, jax.tree.map(lambda *parts: jnp.concatenate(parts), left, last)
+
+
+def _take(stacked: Any, index: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
+def _apply(block: ApplyBlock, shared: Any, x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+    return block(checkpoint_name(x_BTD, "block_input"), layer, shared)
 
 
 def recomputed(body: Callable, execution: Execution) -> Callable:

@@ -60,9 +60,9 @@ def answer_log_probs(model: Model, params: Params, batch: Mapping[str, jax.Array
     """log p(answer | prompt), (B, P) in float32: the sum over the tokens whose weight is 1."""
     B, P, T = batch["tokens_BPT"].shape
     rows = {name: batch[f"{name}_BPT"].reshape(B * P, T) for name in ("tokens", "positions", "segment_ids")}
-    hidden_BTD, _ = forward(model, params, rows["tokens"], positions_BT=rows["positions"],
-                            segment_ids_BT=rows["segment_ids"], execution=execution)
-    loss = cross_entropy.linear_cross_entropy(hidden_BTD.reshape(B * P * T, -1), head_kernel(model, params),
+    out = forward(model, params, rows["tokens"], positions_BT=rows["positions"], segment_ids_BT=rows["segment_ids"],
+                  execution=execution)
+    loss = cross_entropy.linear_cross_entropy(out.hidden_BTD.reshape(B * P * T, -1), head_kernel(model, params),
                                               batch["targets_BPT"].reshape(-1))
     return -jnp.sum(loss.nll_T.reshape(B, P, T) * batch["weights_BPT"], axis=-1)
 

@@ -104,7 +104,7 @@ class Engine:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.params = _in_compute_precision(model, params)
         self._prefill = jax.jit(functools.partial(_prefill, model))
-        self._grow = jax.jit(_grow, static_argnames="num_slots")
+        self._grow = jax.jit(cache_lib.grow, static_argnames="num_slots")
         self._decode = jax.jit(functools.partial(_decode, model), donate_argnums=1)
         self._score = jax.jit(functools.partial(_score, model))
 
@@ -239,20 +239,12 @@ def _prefill(model: decoder.Model, params: Params, tokens_BP: jax.Array, length_
     """Run the prompts, real tokens on the right; padding has segment id 0 and is never attended to."""
     B, P = tokens_BP.shape
     index_BP = jnp.arange(P)[None, :] - (P - length_B[:, None])
-    hidden_BPD, cache = decoder.forward(
+    out = decoder.forward(
         model, params, tokens_BP, positions_BT=jnp.maximum(index_BP, 0),
         segment_ids_BT=(index_BP >= 0).astype(jnp.int32),
         cache=cache_lib.init_cache(model.config, batch_size=B, max_len=P))
-    assert cache
-    return Carry(cache, decoder.logits(model, params, hidden_BPD[:, -1:])[:, 0], position_B=length_B)
-
-
-def _grow(cache: cache_lib.Cache, *, num_slots: int) -> cache_lib.Cache:
-    """The same cache with empty slots up to `num_slots`."""
-    more = num_slots - cache.segment_ids_BS.shape[1]
-    wide = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
-    return dataclasses.replace(cache, k_LBSKH=jnp.pad(cache.k_LBSKH, wide), v_LBSKH=jnp.pad(cache.v_LBSKH, wide),
-                               segment_ids_BS=jnp.pad(cache.segment_ids_BS, ((0, 0), (0, more))))
+    assert out.cache
+    return Carry(out.cache, decoder.logits(model, params, out.hidden_BTD[:, -1:])[:, 0], position_B=length_B)
 
 
 def _decode(model: decoder.Model, params: Params, carry: Carry,
@@ -261,11 +253,11 @@ def _decode(model: decoder.Model, params: Params, carry: Carry,
     def step(carry: Carry, _: None) -> tuple[Carry, sampling.Sampled]:
         sampled = sampling.sample(carry.logits_BV, settings, position_B=carry.position_B)
         tokens_BT = sampled.token_B[:, None]
-        hidden_BTD, cache = decoder.forward(model, params, tokens_BT, positions_BT=carry.position_B[:, None],
-                                            segment_ids_BT=jnp.ones_like(tokens_BT), cache=carry.cache)
-        assert cache
-        logits_BV = decoder.logits(model, params, hidden_BTD)[:, 0]
-        return Carry(cache, logits_BV, carry.position_B + 1), sampled
+        out = decoder.forward(model, params, tokens_BT, positions_BT=carry.position_B[:, None],
+                              segment_ids_BT=jnp.ones_like(tokens_BT), cache=carry.cache)
+        assert out.cache
+        logits_BV = decoder.logits(model, params, out.hidden_BTD)[:, 0]
+        return Carry(out.cache, logits_BV, carry.position_B + 1), sampled
 
     return lax.scan(step, carry, length=STEPS)
 
@@ -274,8 +266,8 @@ def _score(model: decoder.Model, params: Params, tokens_P: jax.Array, length: ja
     """For each slot, the log-probability of the next slot's token and the most probable ones instead."""
     P = tokens_P.shape[0]
     index_BP = (jnp.arange(P) - (P - length))[None]
-    hidden_BPD, _ = decoder.forward(model, params, tokens_P[None], positions_BT=jnp.maximum(index_BP, 0),
-                                    segment_ids_BT=(index_BP >= 0).astype(jnp.int32))
+    hidden_BPD = decoder.forward(model, params, tokens_P[None], positions_BT=jnp.maximum(index_BP, 0),
+                                 segment_ids_BT=(index_BP >= 0).astype(jnp.int32)).hidden_BTD
 
     def score_chunk(chunk: tuple[jax.Array, jax.Array]) -> sampling.Sampled:
         hidden_TD, next_T = chunk

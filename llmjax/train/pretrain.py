@@ -22,9 +22,9 @@ from llmjax.models.stack import Execution, execution_of
 def token_loss(model: Model, params: Params, batch: Mapping[str, jax.Array], *,
                execution: Execution = Execution()) -> TokenLoss:
     """Loss of every target of a batch (B, T), flattened to (B * T,)."""
-    hidden_BTD, _ = forward(model, params, batch["tokens_BT"], positions_BT=batch["positions_BT"],
-                            segment_ids_BT=batch["segment_ids_BT"], execution=execution)
-    hidden_TD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    out = forward(model, params, batch["tokens_BT"], positions_BT=batch["positions_BT"],
+                  segment_ids_BT=batch["segment_ids_BT"], execution=execution)
+    hidden_TD = out.hidden_BTD.reshape(-1, out.hidden_BTD.shape[-1])
     return linear_cross_entropy(hidden_TD, head_kernel(model, params), batch["targets_BT"].reshape(-1))
 
 

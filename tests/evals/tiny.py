@@ -43,9 +43,9 @@ PADDED = 128
 @functools.partial(jax.jit, static_argnums=0)
 def _all_logprobs(config: ModelConfig, params: dict, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     model = decoder.abstract_model(config)
-    hidden_BTD, _ = decoder.forward(model, params, tokens_BT, positions_BT=jnp.arange(PADDED)[None],
-                                    segment_ids_BT=segment_ids_BT)
-    return jax.nn.log_softmax(decoder.logits(model, params, hidden_BTD)[0])
+    out = decoder.forward(model, params, tokens_BT, positions_BT=jnp.arange(PADDED)[None],
+                          segment_ids_BT=segment_ids_BT)
+    return jax.nn.log_softmax(decoder.logits(model, params, out.hidden_BTD)[0])
 
 
 def brute_force(model: decoder.Model, params: dict, ids: np.ndarray) -> np.ndarray:

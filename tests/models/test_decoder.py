@@ -41,8 +41,8 @@ def test_a_document_does_not_change_the_logits_of_another(dtype: str) -> None:
 
     @jax.jit
     def logits(tokens_BT: jax.Array) -> jax.Array:
-        hidden_BTD, _ = decoder.forward(model, params, **(batch | {"tokens_BT": tokens_BT}))
-        return decoder.logits(model, params, hidden_BTD)
+        out = decoder.forward(model, params, **(batch | {"tokens_BT": tokens_BT}))
+        return decoder.logits(model, params, out.hidden_BTD)
 
     second_BT = batch["segment_ids_BT"] == 2
     changed_BT = jnp.where(second_BT, (batch["tokens_BT"] + 7) % config.vocab_size, batch["tokens_BT"])
@@ -56,13 +56,14 @@ def test_a_cache_gives_the_logits_of_the_whole_sequence() -> None:
     model, params = decoder.abstract_model(CONFIG), decoder.init_params(CONFIG, jax.random.key(0), None)
     tokens_BT = jax.random.randint(jax.random.key(1), (2, 12), 0, CONFIG.vocab_size)
     positions_BT, ones_BT = jnp.broadcast_to(jnp.arange(12), (2, 12)), jnp.ones((2, 12), jnp.int32)
-    whole_BTD, _ = decoder.forward(model, params, tokens_BT, positions_BT=positions_BT, segment_ids_BT=ones_BT)
+    whole = decoder.forward(model, params, tokens_BT, positions_BT=positions_BT, segment_ids_BT=ones_BT)
     cache, pieces = init_cache(CONFIG, batch_size=2, max_len=16), []
     for start, stop in ((0, 7), (7, 8), (8, 12)):
-        piece, cache = decoder.forward(model, params, tokens_BT[:, start:stop], cache=cache,
-                                       positions_BT=positions_BT[:, start:stop], segment_ids_BT=ones_BT[:, start:stop])
-        pieces.append(piece)
-    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole_BTD, rtol=1e-4, atol=1e-4)
+        out = decoder.forward(model, params, tokens_BT[:, start:stop], cache=cache,
+                              positions_BT=positions_BT[:, start:stop], segment_ids_BT=ones_BT[:, start:stop])
+        pieces.append(out.hidden_BTD)
+        cache = out.cache
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole.hidden_BTD, rtol=1e-4, atol=1e-4)
 
 
 def test_initial_values_do_not_depend_on_the_mesh() -> None:
@@ -83,7 +84,8 @@ def test_rematerialisation_changes_no_gradient(remat: str) -> None:
     cotangent = jax.random.normal(jax.random.key(1), (2, 256, CONFIG.dim))
 
     def scalar(params: dict, remat: str) -> jax.Array:
-        return jnp.mean(decoder.forward(model, params, **batch, execution=Execution(remat=remat))[0] * cotangent)
+        out = decoder.forward(model, params, **batch, execution=Execution(remat=remat))
+        return jnp.mean(out.hidden_BTD * cotangent)
 
     plain, again = jax.grad(scalar)(params, "none"), jax.grad(scalar)(params, remat)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()), plain, again)

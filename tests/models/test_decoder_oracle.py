@@ -69,11 +69,11 @@ def difference(ours, theirs) -> float:
 def test_logits(pair):
     tokens_BT = jnp.asarray(pair.tokens, jnp.int32)
     positions_BT = jnp.broadcast_to(jnp.arange(SEQ_LEN + 1), tokens_BT.shape)
-    hidden_BTD, _ = forward(pair.model, pair.params, tokens_BT, positions_BT=positions_BT,
-                            segment_ids_BT=jnp.ones_like(tokens_BT))  # fmt: skip
+    out = forward(pair.model, pair.params, tokens_BT, positions_BT=positions_BT,
+                  segment_ids_BT=jnp.ones_like(tokens_BT))  # fmt: skip
     with torch.no_grad():
         expected = pair.theirs(torch.tensor(pair.tokens)).logits
-    assert difference(logits(pair.model, pair.params, hidden_BTD), expected) < TOLERANCE
+    assert difference(logits(pair.model, pair.params, out.hidden_BTD), expected) < TOLERANCE
 
 
 def test_loss_and_every_gradient(pair):

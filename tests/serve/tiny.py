@@ -48,7 +48,6 @@ def make_engine(config: ModelConfig = CONFIG, *, seed: int = 0, serve: ServeConf
 def logprobs_without_cache(engine: Engine, ids: Sequence[int]) -> np.ndarray:
     """Log-probabilities (len(ids), V) of the token after each one, from one forward pass over all of them."""
     tokens_BT = np.asarray(ids, np.int32)[None]
-    hidden_BTD, _ = decoder.forward(engine.model, engine.params, tokens_BT,
-                                    positions_BT=np.arange(tokens_BT.shape[1])[None],
-                                    segment_ids_BT=np.ones_like(tokens_BT))
-    return np.asarray(jax.nn.log_softmax(decoder.logits(engine.model, engine.params, hidden_BTD)[0]))
+    out = decoder.forward(engine.model, engine.params, tokens_BT, positions_BT=np.arange(tokens_BT.shape[1])[None],
+                          segment_ids_BT=np.ones_like(tokens_BT))
+    return np.asarray(jax.nn.log_softmax(decoder.logits(engine.model, engine.params, out.hidden_BTD)[0]))

@@ -1,0 +1,109 @@
+"""One layer: attention and an MLP, each added to the residual stream.
+
+Letters: B batch, T time, D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from llmjax.core.model_sections import ModelConfig, Span
+from llmjax.models.attention import Attention
+from llmjax.models.inputs import BlockInputs
+from llmjax.models.layers import MLP
+from llmjax.models.noise import Noise, dropout
+from llmjax.models.norm import Norm
+
+# Statistics and losses of one layer by the name of the part that has them, summed over this device's tokens.
+Aux = dict[str, Any]
+
+ATTENTION_SITE, MLP_SITE, ROUTER_SITE = range(3)  # of a layer's randomness
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer's share of a stack."""
+
+    params: Any
+    cache: Any  # None outside of generation
+    index: jax.Array  # () its number in the whole decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOutput:
+    """What a layer leaves beside the residual stream."""
+
+    cache: Any
+    aux: Aux
+
+
+jax.tree_util.register_dataclass(Layer, data_fields=["params", "cache", "index"], meta_fields=[])
+jax.tree_util.register_dataclass(LayerOutput, data_fields=["cache", "aux"], meta_fields=[])
+
+
+class Block(nnx.Module):
+    """x + attention(x), then x + mlp(x), normed before (Xiong et al. 2020), after, or both; or the two side by side."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, mlp: Literal["dense", "moe"]):
+        self.residual, self.scale = config.residual, config.residual_scale
+        self.dropout, self.placement = config.dropout, config.norm.placement
+        self.attn = make_attention(config, rngs)
+        self.mlp = make_mlp(config, rngs, kind=mlp)
+        for name in ("attn", "mlp"):
+            if self.placement in ("pre", "both"):
+                setattr(self, f"{name}_norm", Norm(config, rngs))
+            if self.placement in ("post", "both"):
+                setattr(self, f"{name}_post_norm", Norm(config, rngs))
+
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, layer: Layer, *,
+                 span: Span) -> tuple[jax.Array, LayerOutput]:
+        attended_BTD, cache = self.attn(self._before("attn", x_BTD), inputs, layer.cache, span=span)
+        attended_BTD = self._after("attn", attended_BTD, inputs.noise, layer=layer.index, site=ATTENTION_SITE)
+        if self.residual == "sequential":
+            x_BTD = x_BTD + attended_BTD
+        out_BTD, aux = self._mlp(self._before("mlp", x_BTD), inputs, layer.index)
+        out_BTD = self._after("mlp", out_BTD, inputs.noise, layer=layer.index, site=MLP_SITE)
+        if self.residual == "parallel":
+            x_BTD = x_BTD + attended_BTD
+        return x_BTD + out_BTD, LayerOutput(cache, aux)
+
+    def _mlp(self, x_BTD: jax.Array, inputs: BlockInputs, index: jax.Array) -> tuple[jax.Array, Aux]:
+        if isinstance(self.mlp, MLP):
+            return self.mlp(x_BTD), {}
+        noise = inputs.noise.at(layer=index, site=ROUTER_SITE) if inputs.noise else None
+        out_BTD, sums = self.mlp(x_BTD, real_BT=inputs.q_segment_ids_BT > 0, noise=noise)
+        return out_BTD, {"router": sums}
+
+    def _before(self, sublayer: str, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD if self.placement == "post" else getattr(self, f"{sublayer}_norm")(x_BTD)
+
+    def _after(self, sublayer: str, x_BTD: jax.Array, noise: Noise | None, *, layer: jax.Array,
+               site: int) -> jax.Array:
+        """What a sublayer adds to the residual stream."""
+        if self.placement != "pre":
+            x_BTD = getattr(self, f"{sublayer}_post_norm")(x_BTD)
+        if self.scale != 1.0:
+            x_BTD = x_BTD * self.scale
+        return dropout(x_BTD, noise.at(layer=layer, site=site), rate=self.dropout) if noise else x_BTD
+
+
+def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """The attention that a config asks for."""
+    if config.latent.kv_lora_rank:
+        from llmjax.models.latent_attention import LatentAttention
+
+        return LatentAttention(config, rngs)
+    return Attention(config, rngs)
+
+
+def make_mlp(config: ModelConfig, rngs: nnx.Rngs, *, kind: Literal["dense", "moe"]) -> nnx.Module:
+    """The MLP, or the mixture of them, of a layer of this kind."""
+    if kind == "moe":
+        from llmjax.models.moe import MoE
+
+        return MoE(config, rngs)
+    return MLP(config, rngs, mlp_dim=config.mlp_dim)
