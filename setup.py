@@ -43,7 +43,7 @@ BENCH = ["torch==2.13.0", "transformers>=5.23,<6"]
 TEST = [
     *SERVE, *EVAL, *TRACK, *PLAN, *BENCH,
     "pytest>=8.4", "pytest-xdist>=3.8", "hypothesis>=6.140", "ruff>=0.15", "mypy>=1.18",
-    "trl>=1.16,<2", "peft>=0.21", "datasketch>=1.6", "openai>=2", "httpx>=0.28",
+    "trl>=1.16,<2", "peft>=0.21", "datasketch>=1.6", "openai>=2", "httpx>=0.28", "openlineage-python>=1.40",
     "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.30",
 ]  # fmt: skip
 

@@ -133,6 +133,18 @@ class TokenStore:
         shard = self._shard_of(document)
         return self._doc_ids[shard][document - self._first[shard]].tobytes().hex()
 
+    def shard_of(self, document: int) -> str:
+        """The folder, relative to the store, of the shard that holds a document."""
+        return self.shards[self._shard_of(document)].path
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """The document that token `position` of the whole store belongs to, and its place in it."""
+        starts = [0, *itertools.accumulate(shard.tokens for shard in self.shards)]
+        shard = bisect.bisect_right(starts, position) - 1
+        local = position - starts[shard]
+        document = int(np.searchsorted(self._offsets[shard], local, "right")) - 1
+        return self._first[shard] + document, local - int(self._offsets[shard][document])
+
     def verify(self) -> None:
         """Raise RunError when a shard's files are not those that were written."""
         for shard in self.shards:

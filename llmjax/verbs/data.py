@@ -1,4 +1,4 @@
-"""`llmjax data`: build a data folder, show what a past batch was made of."""
+"""`llmjax data`: build a data folder, look into it, follow a document, hand it on, erase from it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from llmjax.core.errors import ConfigError
+from llmjax.verbs import data_folder
 from llmjax.verbs.common import add_run_arguments, open_run
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ EXCERPT = 60  # characters of a segment shown to people; --json has all of it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare `data build` and `data show`."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="build|show")
-    build = actions.add_parser(
+    """Declare the actions."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(ACTIONS))
+    actions.add_parser(
         "build", help="raw documents to token shards",
         description="Read, clean, deduplicate and hold out documents, train the tokenizer and write token shards.",
         epilog="example: llmjax data build --config=configs/quickstart.py --workdir=runs/quickstart")
@@ -32,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Rebuild the batch of a step of a run and name the documents it was made of.",
         epilog="example: llmjax data show --workdir=runs/quickstart --step=100")
     show.add_argument("--step", type=int, default=0, help="the step whose batch is shown (default 0)")
-    for action in (build, show):
+    data_folder.add_actions(actions)
+    for action in actions.choices.values():
         add_run_arguments(action)
         action.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
@@ -46,12 +48,16 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 def _build(config: Config, workdir: Path, args: argparse.Namespace) -> int:
     from llmjax.core.config import CONFIG_FILE, to_dict
     from llmjax.core.files import write_json
+    from llmjax.data import dataset_card, openlineage
     from llmjax.data.build import build
     from llmjax.track.progress import Stages
 
     if config.data.path:
         raise ConfigError(f"data.path={config.data.path!r}: names data to use; leave it empty to build in --workdir")
-    manifest = build(config.data, config.tokenizer, workdir, progress=Stages("data"), reuse="same_inputs")
+    with openlineage.recorded(workdir, job="data build", config=dataclasses.asdict(config.data)) as recorder:
+        manifest = build(config.data, config.tokenizer, workdir, progress=Stages("data"), reuse="same_inputs")
+        recorder.manifest = manifest
+    dataset_card.write(manifest)
     if not (workdir / "checkpoints").exists():  # a run that has begun keeps the config it began with
         write_json(workdir / CONFIG_FILE, to_dict(config))
     print(_summary(manifest))
@@ -71,13 +77,13 @@ def _summary(manifest: Manifest) -> str:
 
 
 def _show(config: Config, workdir: Path, args: argparse.Namespace) -> int:
-    from llmjax.data.build import data_folder
+    from llmjax.data.build import data_folder as find_folder
     from llmjax.data.tokenizer import Tokenizer
     from llmjax.data.trace import batch_segments
 
     if config.task.name != "pretrain":
         raise ConfigError(f"task.name={config.task.name!r}: data show follows the packed documents of 'pretrain'")
-    folder = data_folder(config.data, workdir)
+    folder = find_folder(config.data, workdir)
     segments = batch_segments(folder, config.data, step=args.step)
     tokenizer = Tokenizer.load(folder)
     records = [_segment_record(segment, tokenizer.decode(segment.token_ids)) for segment in segments]
@@ -94,4 +100,4 @@ def _segment_record(segment: Segment, text: str) -> dict[str, Any]:
     return {"row": segment.row, **origin, "start": segment.start, "length": segment.length, "text": text}
 
 
-ACTIONS = {"build": _build, "show": _show}
+ACTIONS = {"build": _build, "show": _show, **data_folder.ACTIONS}
