@@ -74,9 +74,10 @@ def llmjax_step(precision: str, sizes: dict[str, int]) -> Callable[[], float]:
     from llmjax.models.decoder import abstract_model, init_params
     from llmjax.optim.build import build_optimizer
     from llmjax.optim.schedule import make_schedule
+    from llmjax.train.batch import put_batch
     from llmjax.train.pretrain import make_loss
     from llmjax.train.state import init_state
-    from llmjax.train.step import StepSettings, make_train_step, put_batch
+    from llmjax.train.step import StepSettings, make_train_step
 
     config = ModelConfig(vocab_size=VOCAB, num_layers=LAYERS, dim=WIDTH, num_heads=HEADS, num_kv_heads=HEADS,
                          head_dim=HEAD_DIM, mlp_dim=MLP, embeddings="untied", compute_dtype=precision)

@@ -5,25 +5,26 @@ A layout (ZeRO stage, tensor parallelism, decoding) is a swap of these tables, n
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec
 
-from llmjax.core.mesh import BATCH_AXES
+from llmjax.core.mesh import BATCH_AXES, FSDP_AXES
 
 MeshAxes = str | tuple[str, ...] | None
 Axes = tuple[str | None, ...]
 Rules = Mapping[str, MeshAxes]
 
 PARAM_RULES: Rules = {
-    "layers": None,
+    "layers": "stage",
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": FSDP_AXES,
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
-    "latent": "fsdp",  # inputs of the projections out of a latent
+    "latent": FSDP_AXES,  # inputs of the projections out of a latent
     "expert": "expert",
     "router": None,  # a logit an expert: every device routes over all of them
     "balance": None,  # what the loads of the experts move, and no gradient
@@ -35,6 +36,26 @@ PARAM_RULES: Rules = {
 ACT_RULES: Rules = {
     "batch": BATCH_AXES,
     "sequence": "context",
+}
+
+WHOLE_RULES: Rules = {name: None if axes == FSDP_AXES else axes for name, axes in PARAM_RULES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which table lays out which part of the state (Rajbhandari et al. 2020)."""
+
+    params: Rules
+    gradients: Rules  # while they are summed over microbatches
+    optimizer: Rules
+
+
+# By mesh.shard: what the fsdp axis spreads. Over the data axis all of it is repeated (hybrid sharding).
+LAYOUTS = {
+    "parameters": Layout(PARAM_RULES, PARAM_RULES, PARAM_RULES),  # ZeRO-3
+    "gradients": Layout(WHOLE_RULES, PARAM_RULES, PARAM_RULES),  # ZeRO-2
+    "optimizer": Layout(WHOLE_RULES, WHOLE_RULES, PARAM_RULES),  # ZeRO-1
+    "nothing": Layout(WHOLE_RULES, WHOLE_RULES, WHOLE_RULES),
 }
 
 
@@ -50,3 +71,8 @@ def batch_spec(ndim: int, sequence_dim: int | None) -> PartitionSpec:
     if sequence_dim is not None:
         axes[sequence_dim] = "sequence"
     return spec(tuple(axes), ACT_RULES)
+
+
+def mesh_axes(entry: MeshAxes) -> tuple[str, ...]:
+    """An entry of a table or of a partition spec as a tuple."""
+    return (entry,) if isinstance(entry, str) else entry or ()

@@ -18,8 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from llmjax.core.mesh import TOKEN_AXES
+from llmjax.core.axes import mesh_axes
+from llmjax.core.mesh import FSDP_AXES, TOKEN_AXES
 
+# The axes over which losses and gradients are added up.
+SHARE_AXES = ("stage", *TOKEN_AXES)
 ShardedDims = tuple[tuple[int, str], ...]
 
 
@@ -40,10 +43,21 @@ def sum_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     return lax.psum(x, present) if present else x
 
 
+def scatter_gradient(grad: jax.Array, spec: PartitionSpec, *, wanted: PartitionSpec) -> jax.Array:
+    """Sum a gradient over the axes of its `wanted` layout that its parameter's lacks, each device keeping its share.
+
+    Axis by axis and in float32, as a gathered weight's derivative does it.
+    """
+    for dim, (entry, target) in enumerate(zip(spec, wanted, strict=True)):
+        for axis in split_axes([axis for axis in mesh_axes(target) if axis not in mesh_axes(entry)]):
+            grad = lax.psum_scatter(grad.astype(jnp.float32), axis, scatter_dimension=dim, tiled=True)
+    return grad
+
+
 def sum_gradient(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Finish a gradient: sum it over the token axes that its parameter is replicated on; float32 stays float32."""
-    used = {axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)}
-    return sum_over(grad, [axis for axis in TOKEN_AXES if axis not in used])
+    """Finish a gradient: sum it over the axes that its parameter is replicated on; float32 stays float32."""
+    used = {axis for entry in spec for axis in mesh_axes(entry)}
+    return sum_over(grad, [axis for axis in SHARE_AXES if axis not in used])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -68,16 +82,17 @@ def _gather_bwd(dims: ShardedDims, dtype: str, like: jax.Array, grad: jax.Array)
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def gather(weight: jax.Array, spec: PartitionSpec, *, dtype: str) -> jax.Array:
-    """A weight in compute precision, whole along the dims that token axes shard; tensor-parallel dims stay local.
+def gather(weight: jax.Array, spec: PartitionSpec, *, shape: Sequence[int], dtype: str) -> jax.Array:
+    """A weight in compute precision, whole along the dims that fsdp axes shard; tensor-parallel dims stay local.
 
-    Its derivative is reduce-scattered back onto the shards, axis by axis, in float32.
+    Its derivative is reduce-scattered back onto the shards, axis by axis, in float32. A dim that has the size of the
+    whole weight's `shape` is not sharded in this layout.
     """
     dims = []
     for dim, entry in enumerate(spec):
-        for axis in (entry,) if isinstance(entry, str) else entry or ():
-            if axis in TOKEN_AXES and manual_size(axis) > 1:
-                dims.append((dim, axis))
+        if weight.shape[dim] < shape[dim]:
+            axes = [axis for axis in mesh_axes(entry) if axis in FSDP_AXES]
+            dims += [(dim, axis) for axis in reversed(split_axes(axes))]  # the innermost shards lie side by side
     return _gather(weight, tuple(dims), dtype) if dims else weight.astype(dtype)
 
 
@@ -125,3 +140,70 @@ def shard_index(axis: str) -> jax.Array | int:
 def max_over(x: jax.Array, axis: str) -> jax.Array:
     """Maximum over a mesh axis; not differentiable, for use inside functions that carry their own derivative."""
     return lax.pmax(x, axis) if manual_size(axis) > 1 else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _pass_on(x: jax.Array, axis: str) -> jax.Array:
+    size = manual_size(axis)
+    return lax.ppermute(x, axis, [(i, (i + 1) % size) for i in range(size)])
+
+
+def _pass_back(axis: str, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    size = manual_size(axis)
+    return (lax.ppermute(grad, axis, [((i + 1) % size, i) for i in range(size)]),)
+
+
+_pass_on.defvjp(lambda x, axis: (_pass_on(x, axis), None), _pass_back)
+
+
+def pass_on(x: jax.Array, axis: str) -> jax.Array:
+    """What the neighbour before this one on the ring of `axis` holds; its derivative goes the other way."""
+    return _pass_on(x, axis) if manual_size(axis) > 1 else x
+
+
+@jax.custom_vjp
+def _to_all_stages(x: jax.Array) -> jax.Array:
+    return lax.all_gather(x, "stage", axis=0, tiled=True)
+
+
+@jax.custom_vjp
+def _from_first_stage(x: jax.Array) -> jax.Array:
+    first = jnp.where(lax.axis_index("stage") == 0, x, jnp.zeros_like(x))  # one term: exact in any dtype
+    return lax.psum_scatter(first, "stage", scatter_dimension=0, tiled=True)
+
+
+def _to_all_stages_bwd(_: None, grad: jax.Array) -> tuple[jax.Array]:
+    return (lax.psum_scatter(grad, "stage", scatter_dimension=0, tiled=True),)
+
+
+def _from_first_stage_bwd(_: None, grad: jax.Array) -> tuple[jax.Array]:
+    whole = lax.all_gather(grad, "stage", axis=0, tiled=True)
+    return (jnp.where(lax.axis_index("stage") == 0, whole, jnp.zeros_like(whole)),)
+
+
+_to_all_stages.defvjp(lambda x: (_to_all_stages(x), None), _to_all_stages_bwd)
+_from_first_stage.defvjp(lambda x: (_from_first_stage(x), None), _from_first_stage_bwd)
+
+
+def to_all_stages(x: jax.Array) -> jax.Array:
+    """The rows of all stages on each of them."""
+    return _to_all_stages(x) if manual_size("stage") > 1 else x
+
+
+def from_first_stage(x: jax.Array) -> jax.Array:
+    """Each stage's share of the rows that the first one holds."""
+    return _from_first_stage(x) if manual_size("stage") > 1 else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _swap(x: jax.Array, axis: str, split_dim: int, join_dim: int) -> jax.Array:
+    return lax.all_to_all(x, axis, split_dim, join_dim, tiled=True)
+
+
+_swap.defvjp(lambda x, axis, split_dim, join_dim: (_swap(x, axis, split_dim, join_dim), None),
+             lambda axis, split_dim, join_dim, _, grad: (_swap(grad, axis, join_dim, split_dim),))
+
+
+def swap_dims(x: jax.Array, axis: str, *, split_dim: int, join_dim: int) -> jax.Array:
+    """Whole along `join_dim`, which `axis` splits, and split along `split_dim` instead (an all-to-all)."""
+    return _swap(x, axis, split_dim, join_dim) if manual_size(axis) > 1 else x

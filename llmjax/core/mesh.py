@@ -7,28 +7,31 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from llmjax.core.config import check_multiple
 from llmjax.core.errors import ConfigError
-from llmjax.core.sections import Config, MeshConfig
+from llmjax.core.sections import AXIS_NAMES, Config, MeshConfig
 
-# Slowest interconnect first: slices talk over the data-centre network, tensor-parallel neighbours over the fastest.
-MESH_AXES = ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
-# Axes over which a batch's rows are spread; a gradient is summed over these and over "context".
-BATCH_AXES = ("slice", "data", "fsdp", "expert")
-TOKEN_AXES = (*BATCH_AXES, "context")
-# Axes that no model works over: stages would repeat each other, and attention would end at a part of the row.
-IDLE_AXES = ("stage", "context")
+# A large fsdp axis is laid along up to three axes of the chips' torus: only over one at a time do gradients come out as
+# reduce-scatters.
+FSDP_AXES = ("fsdp", "fsdp_y", "fsdp_z")
+MESH_AXES = ("slice", "stage", "data", *FSDP_AXES, "expert", "context", "tensor")
+# Axes over which the rows of a batch are spread inside the blocks, and with them the sequence.
+ROW_AXES = ("slice", "data", *FSDP_AXES, "expert")
+TOKEN_AXES = (*ROW_AXES, "context")
+# Outside of the blocks, for embedding and loss, the stages share the rows as well.
+BATCH_AXES = (*ROW_AXES, "stage")
 # Sizes of a config, and the mesh axis over which what they count is spread.
 SPREAD = {"model.dim": "fsdp", "model.num_heads": "tensor", "model.num_kv_heads": "tensor", "model.mlp_dim": "tensor",
           "model.vocab_size": "tensor"}  # fmt: skip
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Sizes of all axes, the one given as -1 filled in; raises ConfigError when they do not multiply to the devices."""
-    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    """Sizes of a config's axes, the one given as -1 filled in; ConfigError when they do not multiply to the devices."""
+    sizes = {axis: getattr(config, axis) for axis in AXIS_NAMES}
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     for axis, size in sizes.items():
         if size < 1 and size != -1:
@@ -47,11 +50,53 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all `devices` (default: every device of every process) with explicitly typed axes."""
+    """A mesh of all `devices` (default: every device of every process) with explicitly typed axes.
+
+    Devices of several slices are told apart by the outermost axes, slice and stage, so that nothing else crosses the
+    data-centre network; ConfigError where these are no multiple of the slices.
+    """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(config, len(devices))
-    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    by_slice: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_slice.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
+    outer = sizes["slice"] * sizes["stage"]
+    if outer % len(by_slice):
+        raise ConfigError(f"mesh.slice={sizes['slice']}: the devices stand in {len(by_slice)} slices; "
+                          f"nearest: {len(by_slice)}")
+    parts = split_fsdp(sizes, torus_of(config, devices, num_slices=len(by_slice)))
+    shape = [outer // len(by_slice), sizes["data"], *parts, sizes["expert"], sizes["context"], sizes["tensor"]]
+    grids = [mesh_utils.create_device_mesh(shape, by_slice[index], allow_split_physical_axes=True)
+             for index in sorted(by_slice)]
+    grid = np.stack(grids).reshape(sizes["slice"], sizes["stage"], *shape[1:])
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def torus_of(config: MeshConfig, devices: Sequence[jax.Device], *, num_slices: int) -> tuple[int, ...]:
+    """Sizes of the torus that the chips of a slice form: as configured, else by their coordinates; () without any."""
+    if config.torus:
+        return tuple(int(size) for size in config.torus.split("x"))
+    coordinates = [getattr(device, "coords", None) for device in devices]
+    if devices[0].platform != "tpu" or not all(coordinates):
+        return ()
+    sizes = tuple(len(set(along)) for along in zip(*coordinates, strict=True))
+    return sizes if math.prod(sizes) * num_slices == len(devices) else ()
+
+
+def split_fsdp(sizes: Mapping[str, int], torus: Sequence[int]) -> tuple[int, int, int]:
+    """The fsdp axis as a product along what the other axes leave of the torus; whole where that does not come out."""
+    left = sorted(torus, reverse=True)
+    for axis in ("tensor", "context", "expert", "data", "slice", "stage"):
+        size = sizes[axis]
+        for index, along in sorted(enumerate(left), key=lambda item: item[1]):
+            if size > 1 and (size % along == 0 or along % size == 0):
+                shared = math.gcd(size, along)
+                size, left[index] = size // shared, along // shared
+    parts = [along for along in left if along > 1]
+    if math.prod(parts) != sizes["fsdp"] or len(parts) > len(FSDP_AXES):
+        parts = [sizes["fsdp"]]
+    first, second, third = (*parts, 1, 1, 1)[:3]
+    return first, second, third
 
 
 def single_device_mesh(device: jax.Device | None = None) -> Mesh:
@@ -60,16 +105,36 @@ def single_device_mesh(device: jax.Device | None = None) -> Mesh:
     return make_mesh(ones, [device or jax.local_devices()[0]])
 
 
+def axis_size(mesh: Mesh, axis: str) -> int:
+    """How many ways an axis of the config splits, over all the mesh axes it is laid along."""
+    return math.prod(mesh.shape[name] for name in (FSDP_AXES if axis == "fsdp" else (axis,)))
+
+
 def check_fits(config: Config, mesh: Mesh) -> None:
-    """Raise ConfigError for an axis that nothing works over, and for the first size that its axes do not divide."""
-    for axis in IDLE_AXES:
-        if mesh.shape[axis] > 1:
-            raise ConfigError(f"mesh.{axis}={mesh.shape[axis]}: no model works over this axis; 1 fits")
+    """Raise ConfigError for the first size of the config that the axes over which it is spread do not divide."""
+    sizes = {axis: axis_size(mesh, axis) for axis in AXIS_NAMES}
     for path, axis in SPREAD.items():
         section, field = path.split(".")
-        _check_spread(path, getattr(getattr(config, section), field), {f"mesh.{axis}": mesh.shape[axis]})
-    rows = {f"mesh.{axis}": mesh.shape[axis] for axis in BATCH_AXES}
-    _check_spread("data.batch_size", config.data.batch_size, {**rows, "train.accumulation": config.train.accumulation})
+        _check_spread(path, getattr(getattr(config, section), field), {f"mesh.{axis}": sizes[axis]})
+    layers = {"mesh.stage": sizes["stage"], "mesh.rounds": config.mesh.rounds}
+    _check_spread("model.num_layers", config.model.num_layers, layers)
+    if sizes["context"] > 1:  # each shard holds a piece from the front and one from the back
+        _check_spread("data.seq_len", config.data.seq_len, {"2 * mesh.context": 2 * sizes["context"]})
+    if config.mesh.rounds > 1:
+        _check_rounds(config, sizes["stage"])
+    rows = {f"mesh.{axis}": sizes[axis] for axis in AXIS_NAMES if axis in ROW_AXES}
+    accumulation = {"train.accumulation": config.train.accumulation}
+    _check_spread("data.batch_size", config.data.batch_size, rows | accumulation)
+    _check_spread("data.batch_size", config.data.batch_size, rows | {"mesh.stage": sizes["stage"]})
+
+
+def _check_rounds(config: Config, num_stages: int) -> None:
+    if config.mesh.schedule != "circular":
+        raise ConfigError(f"mesh.rounds={config.mesh.rounds}: mesh.schedule={config.mesh.schedule} takes 1; "
+                          "mesh.schedule=circular takes more")
+    if config.train.accumulation < num_stages:
+        raise ConfigError(f"train.accumulation={config.train.accumulation}: with mesh.rounds={config.mesh.rounds} a "
+                          f"microbatch is needed for each stage; nearest: {num_stages}")
 
 
 def _check_spread(path: str, value: int, parts: Mapping[str, int]) -> None:

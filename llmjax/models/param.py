@@ -19,7 +19,7 @@ Initializer = Callable[..., jax.Array]
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], *, axes: axes_lib.Axes, init: Initializer, dtype: str) -> nnx.Param:
     """Declare a parameter whose dims carry the logical `axes`."""
     assert len(shape) == len(axes), f"{len(shape)} dims but axes {axes}"
-    return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes)
+    return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes, declared=shape)
 
 
 def weight(variable: nnx.Param, dtype: str) -> jax.Array:
@@ -29,7 +29,7 @@ def weight(variable: nnx.Param, dtype: str) -> jax.Array:
     """
     axes = tuple(None if axis == "expert" else axis for axis in variable.axes)
     spec = axes_lib.spec(axes, axes_lib.PARAM_RULES)
-    return collectives.gather(variable.get_value(), spec, dtype=dtype)
+    return collectives.gather(variable.get_value(), spec, shape=variable.declared, dtype=dtype)
 
 
 def output_init(config: ModelConfig) -> Initializer:

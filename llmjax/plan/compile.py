@@ -15,14 +15,12 @@ from llmjax.core.mesh import check_fits, make_mesh
 from llmjax.core.sections import Config
 from llmjax.models.decoder import abstract_model
 from llmjax.models.stack import execution_of
-from llmjax.optim.build import build_optimizer
-from llmjax.optim.schedule import make_schedule
 from llmjax.plan.topology import Topology
+from llmjax.train.batch import batch_specs
+from llmjax.train.build import build_training
 from llmjax.train.pretrain import make_loss
-from llmjax.train.state import abstract_state
-from llmjax.train.step import StepSettings, batch_specs, make_train_step
 
-INTEGERS = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT")
+INTEGERS = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT", "token_ids_BT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,16 +71,8 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
 def abstract_step(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     """The step and its arguments (state, frozen, batch) as shapes on `mesh`; call it under the mesh."""
     model = abstract_model(config.model)
-    optimizer = build_optimizer(config.optim, steps=config.train.steps, axes=model.axes)
-    settings = StepSettings(
-        accumulation=config.train.accumulation,
-        clip_norm=config.optim.clip_norm,
-        seed=config.train.seed,
-        schedule=make_schedule(config.optim, steps=config.train.steps),
-    )
-    step = make_train_step(model, make_loss(config.task, execution=execution_of(config)), optimizer, settings=settings)
-    state = abstract_state(model.abstract_params(mesh), optimizer)
-    return step, (state, {}, abstract_batch(config, mesh))
+    training = build_training(config, model, make_loss(config.task, execution=execution_of(config)))
+    return training.step, (training.abstract_state(mesh), {}, abstract_batch(config, mesh))
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import jax
 
 import llmjax
-from llmjax.core.sections import Config
+from llmjax.core.mesh import axis_size
+from llmjax.core.sections import AXIS_NAMES, Config
 from llmjax.core.tree import flatten
 from llmjax.models.decoder import abstract_model
 from llmjax.models.flops import flops_per_token, num_params
@@ -113,7 +114,7 @@ def make_plan(config: Config, topology: Topology, compiled: CompiledStep, *, siz
         name=config.name,
         topology=topology.name,
         chips=topology.num_chips,
-        mesh={axis: size for axis, size in compiled.mesh.shape.items() if size > 1},
+        mesh={axis: axis_size(compiled.mesh, axis) for axis in AXIS_NAMES if axis_size(compiled.mesh, axis) > 1},
         remat=config.train.remat,
         accumulation=config.train.accumulation,
         num_params=num_params(config.model),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import signal
 import time
@@ -23,15 +22,14 @@ from llmjax.core.sections import Config
 from llmjax.core.task import Params, Task
 from llmjax.models import flops
 from llmjax.models.decoder import Model
-from llmjax.optim.build import build_optimizer
-from llmjax.optim.schedule import make_schedule
 from llmjax.track.memory import memory_metrics
 from llmjax.track.metrics import Writer
 from llmjax.track.progress import ProgressLine
+from llmjax.train.batch import put_batch
+from llmjax.train.build import build_training
 from llmjax.train.checkpoint import Checkpointer, Meta, check_meta, read_meta
 from llmjax.train.fault import StopSignals
-from llmjax.train.state import TrainState, abstract_state, init_state
-from llmjax.train.step import StepSettings, make_train_step, put_batch
+from llmjax.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,26 +53,18 @@ class Run:
 
 def start(run: Run) -> TrainState:
     """The state to go on from: the last checkpoint's, or a fresh one; ConfigError when that one is of another run."""
-    config = run.config
-    optimizer = build_optimizer(config.optim, steps=config.train.steps, axes=run.model.axes)
+    training = build_training(run.config, run.model, run.task.loss)
     with jax.set_mesh(run.mesh):
         if run.checkpointer.latest_step() is not None:
             check_meta(read_meta(run.checkpointer.folder), tokenizer_hash=run.meta["tokenizer_hash"],
                        data_hash=run.meta["data_hash"])
-            like = abstract_state(run.model.abstract_params(run.mesh), optimizer, config.guard)
-            return run.checkpointer.restore(like, mesh=run.mesh).state
-        fresh = functools.partial(init_state, optimizer=optimizer, guard=config.guard)
-        return jax.jit(fresh, donate_argnums=0)(run.initial_params())
+            return run.checkpointer.restore(training.abstract_state(run.mesh), mesh=run.mesh).state
+        return jax.jit(training.init, donate_argnums=0)(run.initial_params())
 
 
 def compile_step(run: Run) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step of a run, its state donated."""
-    config = run.config
-    settings = StepSettings(accumulation=config.train.accumulation, clip_norm=config.optim.clip_norm,
-                            seed=config.train.seed, schedule=make_schedule(config.optim, steps=config.train.steps),
-                            guard=config.guard)
-    optimizer = build_optimizer(config.optim, steps=config.train.steps, axes=run.model.axes)
-    return jax.jit(make_train_step(run.model, run.task.loss, optimizer, settings=settings), donate_argnums=0)
+    return jax.jit(build_training(run.config, run.model, run.task.loss).step, donate_argnums=0)
 
 
 def fit(run: Run, state: TrainState, *, writer: Writer, progress: ProgressLine) -> TrainState:

@@ -19,8 +19,9 @@ from llmjax.evals.run import read_holdout
 from llmjax.models.decoder import Model
 from llmjax.models.stack import execution_of
 from llmjax.train import pretrain
+from llmjax.train.batch import put_batch, row_share
 from llmjax.train.state import TrainState
-from llmjax.train.step import make_eval_step, put_batch
+from llmjax.train.step import make_eval_step
 
 
 def make_hook(config: Config, model: Model, *, data: Path, tokenizer: Tokenizer, workdir: Path) -> Hook:
@@ -32,9 +33,10 @@ def make_hook(config: Config, model: Model, *, data: Path, tokenizer: Tokenizer,
     write_store(workdir / "held_out", stored, vocab_size=tokenizer.vocab_size)
     store = TokenStore.open(workdir / "held_out")
     plan = pack_plan(store.lengths, seq_len=config.data.seq_len, seed=0)
+    share = row_share(jax.sharding.get_mesh())
     batches = list(itertools.islice(
-        serve(Shuffled(PackedRows(store, plan), config.data.batch_size, seed=0), process_index=jax.process_index(),
-              process_count=jax.process_count()), config.eval.batches))
+        serve(Shuffled(PackedRows(store, plan), config.data.batch_size, seed=0), process_index=share.process_index,
+              process_count=share.process_count), config.eval.batches))
     eval_step = jax.jit(make_eval_step(model, pretrain.make_loss(config.task, execution=execution_of(config))))
 
     def evaluate(step: int, state: TrainState) -> Mapping[str, float]:

@@ -156,8 +156,9 @@ def _make_task(config: Config, workdir: Path, tokenizer: Tokenizer, model: Model
     from llmjax.data.build import data_folder
     from llmjax.post import dpo, sft
     from llmjax.train import pretrain
+    from llmjax.train.batch import row_share
 
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    share = dataclasses.asdict(row_share(jax.sharding.get_mesh()))
     if config.task.name == "sft":
         return sft.make_task(config, workdir=workdir, tokenizer=tokenizer, **share)
     if config.task.name == "dpo":

@@ -20,8 +20,9 @@ from llmjax.models.decoder import abstract_model, forward, logits
 from llmjax.serve.engine import Engine
 from llmjax.serve.load import load_workdir
 from llmjax.serve.sampling import SamplingParams
+from llmjax.train.batch import put_batch
+from llmjax.train.gradients import make_loss_and_grad
 from llmjax.train.pretrain import make_loss
-from llmjax.train.step import make_loss_and_grad, put_batch
 from tests.convert.llama import LINEAR_ROPE, LLAMA3_ROPE, make_llama
 
 TOLERANCE = 1e-4  # largest difference over largest value, per tensor

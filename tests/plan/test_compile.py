@@ -64,8 +64,8 @@ def test_a_tiny_step_compiles_and_every_figure_is_there(tiny: Path) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     check(result)
     assert (result["chips"], result["mesh"], result["remat"]) == (4, {"fsdp": 4}, "full")
-    # Parameters and two moments in float32 over 4 chips, and this chip's two rows: five arrays of 512 numbers each.
-    arguments = 12 * result["num_params"] / 4 + 5 * 4 * 2 * 512
+    # Parameters and two moments in float32 over 4 chips, and this chip's two rows: six arrays of 512 numbers each.
+    arguments = 12 * result["num_params"] / 4 + 6 * 4 * 2 * 512
     assert result["hbm_bytes_per_chip"]["argument"] == pytest.approx(arguments, rel=0.02)
     assert "HBM per chip" in done.stdout and "objection: " in done.stdout
 

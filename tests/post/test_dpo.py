@@ -16,7 +16,8 @@ from llmjax.core.sections import MeshConfig, TaskConfig
 from llmjax.models.decoder import abstract_model, init_params
 from llmjax.models.stack import Execution
 from llmjax.post.dpo import make_loss, preference_loss
-from llmjax.train.step import make_loss_and_grad, put_batch
+from llmjax.train.batch import put_batch
+from llmjax.train.gradients import make_loss_and_grad
 from tests.post.tiny import CONFIG, assert_same_gradients, hf_llama, to_ours
 
 BETA = 0.3

@@ -17,8 +17,10 @@ from llmjax.models import decoder
 from llmjax.optim.build import build_optimizer
 from llmjax.optim.schedule import make_schedule
 from llmjax.train import pretrain
+from llmjax.train.batch import put_batch
+from llmjax.train.gradients import make_loss_and_grad
 from llmjax.train.state import init_state
-from llmjax.train.step import StepSettings, make_eval_step, make_loss_and_grad, make_train_step, put_batch
+from llmjax.train.step import StepSettings, make_eval_step, make_train_step
 
 CONFIG = ModelConfig(vocab_size=64, num_layers=2, dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64,
                      compute_dtype="float32", init_scale=0.1)

@@ -1,0 +1,43 @@
+"""The step of a config, built in one place: the loop runs it, `plan` compiles it, `check` compares its gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from llmjax.core.sections import Config
+from llmjax.core.task import LossFn, Params
+from llmjax.models.decoder import Model
+from llmjax.optim.build import build_optimizer
+from llmjax.optim.schedule import make_schedule
+from llmjax.train.state import Placement, TrainState, init_state, placement_of
+from llmjax.train.step import StepFn, StepSettings, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A step, not yet jitted, and the state it works on."""
+
+    model: Model
+    placement: Placement
+    step: StepFn
+    init: Callable[[Params], TrainState]  # run it under `jax.jit` and the mesh
+
+    def abstract_state(self, mesh: Mesh) -> TrainState:
+        """Shapes, dtypes and shardings of the state, for a restore or a compilation; call it under the mesh."""
+        return jax.eval_shape(self.init, self.model.abstract_params(mesh))
+
+
+def build_training(config: Config, model: Model, loss: LossFn) -> Training:
+    """What `config` says of optimiser, accumulation, guard and layout, as functions."""
+    optimizer = build_optimizer(config.optim, steps=config.train.steps, axes=model.axes)
+    placement = placement_of(model, config.mesh.shard)
+    settings = StepSettings(accumulation=config.train.accumulation, clip_norm=config.optim.clip_norm,
+                            seed=config.train.seed, schedule=make_schedule(config.optim, steps=config.train.steps),
+                            guard=config.guard, placement=placement)
+    init = functools.partial(init_state, optimizer=optimizer, guard=config.guard, placement=placement)
+    return Training(model, placement, make_train_step(model, loss, optimizer, settings=settings), init)
