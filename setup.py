@@ -23,6 +23,7 @@ CORE = [
     "ml-collections>=1.1",
     "clu>=0.0.12",
     "numpy>=2.1",
+    "scipy>=1.13",
     "absl-py>=2",
     "sentencepiece>=0.2.1",
     "protobuf>=5",

@@ -52,6 +52,8 @@ VERBS = {
     "data": Verb("llmjax.verbs.data", "raw documents to token shards; a past batch"),
     "tokenizer": Verb("llmjax.verbs.tokenizer", "train a tokenizer, report how well it fits"),
     "plan": Verb("llmjax.verbs.plan", "compile for a TPU pod without one: memory, compute, communication"),
+    "fit": Verb("llmjax.verbs.fit", "scaling laws from a folder of runs"),
+    "scout": Verb("llmjax.verbs.scout", "a ladder of small runs and the loss it predicts"),
     "sweep": Verb("llmjax.verbs.sweep", "a grid over config fields"),
     "doctor": Verb("llmjax.verbs.doctor", "what this machine has and lacks"),
 }
