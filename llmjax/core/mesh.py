@@ -124,8 +124,11 @@ def check_fits(config: Config, mesh: Mesh) -> None:
         _check_rounds(config, sizes["stage"])
     rows = {f"mesh.{axis}": sizes[axis] for axis in AXIS_NAMES if axis in ROW_AXES}
     accumulation = {"train.accumulation": config.train.accumulation}
-    _check_spread("data.batch_size", config.data.batch_size, rows | accumulation)
-    _check_spread("data.batch_size", config.data.batch_size, rows | {"mesh.stage": sizes["stage"]})
+    batch_sizes = {"data.batch_size": config.data.batch_size} if not config.stages else {
+        f"stages.{place}.batch_size": stage.batch_size for place, stage in enumerate(config.stages)}
+    for path, size in batch_sizes.items():
+        _check_spread(path, size, rows | accumulation)
+        _check_spread(path, size, rows | {"mesh.stage": sizes["stage"]})
 
 
 def _check_rounds(config: Config, num_stages: int) -> None:

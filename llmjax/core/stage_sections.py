@@ -50,6 +50,16 @@ def complete(stages: Sequence[StageConfig], data: DataConfig, *, rope_theta: flo
         batch_size=stage.batch_size or data.batch_size, rope_theta=stage.rope_theta or rope_theta) for stage in stages)
 
 
+def rope_theta_at(stages: Sequence[StageConfig], step: int, *, otherwise: float) -> float:
+    """The base of the rotary positions in step number `step`, from 1; `otherwise` without stages."""
+    last = 0
+    for stage in stages:
+        last += stage.steps
+        if step <= last:
+            return stage.rope_theta
+    return otherwise
+
+
 def rate_pieces(stages: Sequence[StageConfig], data: DataConfig) -> Iterator[RatePiece]:
     """The learning rate of complete stages, one piece each.
 

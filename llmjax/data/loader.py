@@ -18,6 +18,7 @@ import numpy as np
 
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.data import interventions
+from llmjax.data.drift import DriftMonitor
 from llmjax.data.interventions import Timeline
 from llmjax.data.order import rows_at
 from llmjax.data.pack import PackPlan
@@ -40,15 +41,15 @@ class PackedRows:
     """The rows of a pack plan over a token store."""
 
     def __init__(self, store: TokenStore, plan: PackPlan):
-        self._store, self._plan = store, plan
+        self.store, self.plan = store, plan
         self._positions = np.arange(plan.seq_len, dtype=np.int32)
 
     def __len__(self) -> int:
-        return self._plan.num_rows
+        return self.plan.num_rows
 
     def read(self, rows: np.ndarray) -> Batch:
         """The batch of these rows, (B,) row numbers; padding is zero in every array."""
-        plan = self._plan
+        plan = self.plan
         shape = (len(rows), plan.seq_len)
         names = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT")
         batch = {name: np.zeros(shape, np.int32) for name in names}
@@ -66,12 +67,12 @@ class PackedRows:
     def _fill(self, batch: Batch, place: tuple[int, slice], number: int, document: int, start: int) -> None:
         """Write one segment; slices are plain copies, several times faster than one gather over the whole batch."""
         stop = start + place[1].stop - place[1].start
-        tokens = self._store.tokens(document, start, stop + 1)  # the last one is only a target
+        tokens = self.store.tokens(document, start, stop + 1)  # the last one is only a target
         batch["tokens_BT"][place] = tokens[:-1]
         batch["targets_BT"][place] = tokens[1:]
         batch["positions_BT"][place] = self._positions[:len(tokens) - 1]
         batch["segment_ids_BT"][place] = number
-        batch["weights_BT"][place] = self._store.mask(document, start + 1, stop + 1) if self._store.has_mask else 1
+        batch["weights_BT"][place] = self.store.mask(document, start + 1, stop + 1) if self.store.has_mask else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,9 @@ class Stream(Protocol):
     def select(self, step: int) -> Selection:
         """The batch that the state after `step` steps takes next."""
 
+    def stage_number(self, step: int) -> int:
+        """Which stretch of the run the step belongs to; batches of one are meant to look alike."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Shuffled:
@@ -98,6 +102,11 @@ class Shuffled:
     seed: int
     timeline: Timeline = Timeline()
 
+    def stage_number(self, step: int) -> int:
+        """The whole run is one."""
+        del step
+        return 0
+
     def select(self, step: int) -> Selection:
         """Batch n of the endless order, n the slot of this step."""
         if not len(self.rows):
@@ -106,17 +115,22 @@ class Shuffled:
         return Selection(self.rows, rows_at(places, len(self.rows), seed=self.seed))
 
 
-def follow(stream: Callable[[Timeline], Stream], *, workdir: Path, start_step: int = 0, process_index: int = 0,
-           process_count: int = 1) -> Iterator[Batch]:
+def follow(make: Callable[[Timeline], Stream], *, workdir: Path, start_step: int = 0, process_index: int = 0,
+           process_count: int = 1, alarm: Callable[[str], None] | None = None) -> Iterator[Batch]:
     """This process's batches of steps start_step, start_step + 1, ... without end.
 
-    Interventions that stand in `workdir` are part of the stream, those recorded while it is read as well.
+    Interventions that stand in `workdir` are part of the stream, those recorded while it is read as well. `alarm` hears
+    of it when the tokens (B, T) drift within a stage.
     """
     step = start_step
     while True:
         recorded = interventions.size(workdir)
-        timeline = Timeline.of(interventions.read(workdir))
-        for batch in serve(stream(timeline), start_step=step, process_index=process_index, process_count=process_count):
+        stream = make(Timeline.of(interventions.read(workdir)))
+        monitors: dict[int, DriftMonitor] = {}  # of each stage
+        for batch in serve(stream, start_step=step, process_index=process_index, process_count=process_count):
+            if alarm:
+                monitor = monitors.setdefault(stream.stage_number(step), DriftMonitor(alarm))
+                monitor.see(step + 1, batch["tokens_BT"][batch["segment_ids_BT"] > 0])
             yield batch
             step += 1
             if interventions.size(workdir) != recorded:

@@ -39,6 +39,11 @@ def open_stream(folder: Path, data: DataConfig, stages: Sequence[StageConfig]) -
     return functools.partial(Shuffled, PackedRows(store, plan), data.batch_size, data.shuffle_seed)
 
 
+def tokens_by_source(stream: Stream, step: int) -> dict[str, int]:
+    """Predictions made of each source in the first `step` steps; nothing for a stream that does not tell them apart."""
+    return stream.tokens(step) if isinstance(stream, Staged) else {}
+
+
 def run_stages(data: DataConfig, stages: Sequence[StageConfig]) -> tuple[StageConfig, ...]:
     """The stages of a run; without any the whole run is one."""
     whole_run = StageConfig(mixture=data.mixture, seq_len=data.seq_len, batch_size=data.batch_size)
@@ -159,20 +164,20 @@ class Staged:
 
     def select(self, step: int) -> Selection:
         """The batch that the state after `step` steps takes next."""
-        return self.stage(self._number(step)).select(self._timeline.slot(step))
+        return self.stage(self.stage_number(step)).select(self._timeline.slot(step))
 
     def tokens(self, step: int) -> dict[str, int]:
         """Predictions made of each source in the first `step` steps, exactly; skipped windows are left out."""
         totals = np.zeros(len(self._depot.corpus.names), np.int64)
-        for number in range(self._number(max(step - 1, 0)) + 1):
+        for number in range(self.stage_number(max(step - 1, 0)) + 1):
             stage = self.stage(number)
-            end = step if number == self._number(step) else min(step, self._first_steps[number + 1])
+            end = step if number == self.stage_number(step) else min(step, self._first_steps[number + 1])
             for slots in self._timeline.slots(range(self._first_steps[number], end)):
                 totals[list(stage.sources)] += stage.tokens(slots.stop) - stage.tokens(slots.start)
         return dict(zip(self._depot.corpus.names, totals.tolist(), strict=True))
 
-    def _number(self, step: int) -> int:
-        """Of the stage that a step belongs to."""
+    def stage_number(self, step: int) -> int:
+        """The stage that a step belongs to."""
         return int(np.searchsorted(self._first_steps, step, side="right")) - 1
 
     def _first_slot(self, number: int) -> int:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
 from llmjax.core.errors import RunError
-from llmjax.core.sections import DataConfig
-from llmjax.data.order import rows_at
-from llmjax.data.pack import pack_plan
-from llmjax.data.shards import TokenStore
+from llmjax.data.loader import PackedRows, Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,28 +34,27 @@ class Segment:
     token_ids: list[int]
 
 
-def batch_segments(folder: Path, config: DataConfig, *, step: int) -> list[Segment]:
-    """What global batch `step` of a run on the data in `folder` holds, row by row; raises RunError without data."""
-    store = TokenStore.open(folder / "shards")
-    plan = pack_plan(store.lengths, seq_len=config.seq_len, seed=config.shuffle_seed)
-    served = step * config.batch_size + np.arange(config.batch_size)
-    places = [(row, place) for row, planned in enumerate(rows_at(served, plan.num_rows, seed=config.shuffle_seed))
-              for place in range(plan.row_starts[planned], plan.row_starts[planned + 1])]
-    origins = read_origins(folder)
-    segments = []
-    for row, place in places:
-        document, start, length = (int(x[place]) for x in (plan.documents, plan.starts, plan.lengths))
-        tokens = store.tokens(document, start, start + length)
-        segments.append(Segment(row, origins[store.doc_id(document)], start, length, tokens.tolist()))
-    return segments
+def batch_segments(stream: Stream, folder: Path, *, step: int) -> list[Segment]:
+    """What the batch that the state after `step` steps takes holds, row by row, from the data in `folder`."""
+    selection = stream.select(step)
+    assert isinstance(selection.rows, PackedRows)
+    store, plan = selection.rows.store, selection.rows.plan
+    spans = [plan.spans(np.array([row])) for row in selection.numbers]
+    ids = [[store.doc_id(document) for document in row.documents.tolist()] for row in spans]
+    origins = read_origins(folder, only={doc_id for row in ids for doc_id in row})
+    return [Segment(place, origins[doc_id], start, length, store.tokens(document, start, start + length).tolist())
+            for place, row in enumerate(spans)
+            for doc_id, document, start, length in zip(ids[place], row.documents.tolist(), row.starts.tolist(),
+                                                       row.lengths.tolist(), strict=True)]
 
 
-def read_origins(folder: Path) -> dict[str, Origin]:
-    """doc_id -> origin of every document in `folder`."""
+def read_origins(folder: Path, *, only: Collection[str] | None = None) -> dict[str, Origin]:
+    """doc_id -> origin of the documents in `folder`, all of them or `only` some."""
     import pyarrow.parquet as pq
 
     path = folder / "documents.parquet"
     if not path.exists():
         raise RunError(f"{path} is missing: build the data again")
     columns = [field.name for field in dataclasses.fields(Origin)]
-    return {row["doc_id"]: Origin(**row) for row in pq.read_table(path, columns=columns).to_pylist()}
+    chosen = None if only is None else [("doc_id", "in", list(only))]
+    return {row["doc_id"]: Origin(**row) for row in pq.read_table(path, columns=columns, filters=chosen).to_pylist()}

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from llmjax.core.sections import Config, TaskConfig
-from llmjax.core.task import LossFn, LossOutput, Params, Task
-from llmjax.data.loader import PackedRows, Shuffled, follow
-from llmjax.data.pack import pack_plan
-from llmjax.data.shards import TokenStore
+from llmjax.core.task import Hook, LossFn, LossOutput, Params, Task
+from llmjax.data import interventions
+from llmjax.data.interventions import Timeline
+from llmjax.data.loader import Stream, follow
+from llmjax.data.stages import open_stream, tokens_by_source
 from llmjax.kernels.cross_entropy.api import TokenLoss, linear_cross_entropy
 from llmjax.models.decoder import Model, forward, head_kernel
 from llmjax.models.stack import Execution, execution_of
+from llmjax.track.logbook import Logbook
 
 
 def token_loss(model: Model, params: Params, batch: Mapping[str, jax.Array], *,
@@ -43,9 +45,20 @@ def make_loss(config: TaskConfig, *, execution: Execution = Execution()) -> Loss
 
 def make_task(config: Config, *, data: Path, workdir: Path, process_index: int = 0, process_count: int = 1) -> Task:
     """Packed rows of a data folder, each target weighing one; interventions in `workdir` are heeded."""
-    store = TokenStore.open(data / "shards")
-    plan = pack_plan(store.lengths, seq_len=config.data.seq_len, seed=config.data.shuffle_seed)
-    stream = functools.partial(Shuffled, PackedRows(store, plan), config.data.batch_size, config.data.shuffle_seed)
+    def alarm(text: str) -> None:
+        Logbook(workdir).enter("warning", text)
+
+    stream = open_stream(data, config.data, config.stages)
     batches = functools.partial(follow, stream, workdir=workdir, process_index=process_index,
-                                process_count=process_count)
-    return Task(batches=batches, loss=make_loss(config.task, execution=execution_of(config)))
+                                process_count=process_count,
+                                alarm=None if config.data.curriculum else alarm)  # one drifts on purpose
+    counts = Hook(config.checkpoint.every, functools.partial(source_tokens, stream, workdir))
+    return Task(batches=batches, loss=make_loss(config.task, execution=execution_of(config)),
+                hooks=(counts,) if config.stages or config.data.mixture else ())
+
+
+def source_tokens(make: Callable[[Timeline], Stream], workdir: Path, step: int, state: object) -> Mapping[str, float]:
+    """Targets learnt from each source of a mixture in the first `step` steps, exactly; a hook's function."""
+    del state
+    counts = tokens_by_source(make(Timeline.of(interventions.read(workdir))), step)
+    return {f"source_tokens/{source}": float(count) for source, count in counts.items()}

@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "show", help="a past batch, with its documents, their sources and licences",
         description="Rebuild the batch of a step of a run and name the documents it was made of.",
         epilog="example: llmjax data show --workdir=runs/quickstart --step=100")
-    show.add_argument("--step", type=int, default=0, help="the step whose batch is shown (default 0)")
+    show.add_argument("--step", type=int, default=1,
+                      help="the step whose batch is shown, counted as in metrics.jsonl (default 1, the first)")
     data_folder.add_actions(actions)
     for action in actions.choices.values():
         add_run_arguments(action)
@@ -77,21 +78,30 @@ def _summary(manifest: Manifest) -> str:
 
 
 def _show(config: Config, workdir: Path, args: argparse.Namespace) -> int:
+    from llmjax.data import interventions
     from llmjax.data.build import data_folder as find_folder
+    from llmjax.data.stages import open_stream, tokens_by_source
     from llmjax.data.tokenizer import Tokenizer
     from llmjax.data.trace import batch_segments
 
+    if args.step < 1:
+        raise ConfigError(f"--step={args.step}: steps count from 1")
     if config.task.name != "pretrain":
         raise ConfigError(f"task.name={config.task.name!r}: data show follows the packed documents of 'pretrain'")
     folder = find_folder(config.data, workdir)
-    segments = batch_segments(folder, config.data, step=args.step)
+    timeline = interventions.Timeline.of(interventions.read(workdir))
+    stream = open_stream(folder, config.data, config.stages)(timeline)
+    segments = batch_segments(stream, folder, step=args.step - 1)
     tokenizer = Tokenizer.load(folder)
     records = [_segment_record(segment, tokenizer.decode(segment.token_ids)) for segment in segments]
     for record in records:
         print("row {row}: {length:4} tokens from {start} of {id} [{source}, {licence}]".format_map(record),
               repr(record["text"][:EXCERPT]))
+    learnt = tokens_by_source(stream, args.step)
+    for source, count in learnt.items():
+        print(f"{source}: {count:,} tokens learnt from in steps 1 to {args.step:,}")
     if args.json:
-        print(json.dumps({"step": args.step, "segments": records}))
+        print(json.dumps({"step": args.step, "segments": records, "source_tokens": learnt}))
     return 0
 
 

@@ -8,9 +8,9 @@ import pytest
 from llmjax.core.errors import RunError
 from llmjax.core.sections import DataConfig, TokenizerConfig
 from llmjax.data.build import build
-from llmjax.data.loader import PackedRows, Shuffled, serve
-from llmjax.data.pack import pack_plan
-from llmjax.data.shards import TokenStore
+from llmjax.data.interventions import Timeline
+from llmjax.data.loader import serve
+from llmjax.data.stages import open_stream
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.data.trace import batch_segments
 
@@ -31,11 +31,9 @@ def folder(tmp_path_factory):
 
 def test_segments_are_the_rows_that_the_loader_served(folder):
     config = DataConfig(seq_len=64, batch_size=4, shuffle_seed=3)
-    store, tokenizer = TokenStore.open(folder / "shards"), Tokenizer.load(folder)
-    plan = pack_plan(store.lengths, seq_len=64, seed=3)
-    served = serve(Shuffled(PackedRows(store, plan), batch_size=4, seed=3))
-    for step, batch in enumerate(itertools.islice(served, 3)):
-        segments = batch_segments(folder, config, step=step)
+    tokenizer, stream = Tokenizer.load(folder), open_stream(folder, config, ())(Timeline())
+    for step, batch in enumerate(itertools.islice(serve(stream), 3)):
+        segments = batch_segments(stream, folder, step=step)
         for row in range(4):
             ids = [token for segment in segments if segment.row == row for token in segment.token_ids]
             assert ids == batch["tokens_BT"][row, :len(ids)].tolist()
@@ -48,4 +46,4 @@ def test_segments_are_the_rows_that_the_loader_served(folder):
 
 def test_a_folder_without_data_is_one_clear_error(tmp_path):
     with pytest.raises(RunError, match="no complete token store"):
-        batch_segments(tmp_path, DataConfig(), step=0)
+        open_stream(tmp_path, DataConfig(), ())
