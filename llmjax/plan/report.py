@@ -15,13 +15,14 @@ from llmjax.core.sections import AXIS_NAMES, Config
 from llmjax.core.tree import flatten
 from llmjax.models.decoder import abstract_model
 from llmjax.models.flops import flops_per_token, num_params
-from llmjax.plan import cost, program
+from llmjax.plan import cost, failures, program
 from llmjax.plan.chips import GIB
 from llmjax.plan.collectives import Wires
 from llmjax.plan.compile import CompiledStep, HbmBytes, hbm_bytes
 from llmjax.plan.cost import Carbon, Cost
 from llmjax.plan.count import Collective, OpGroup, StaticKernels, StepCount, count_step
-from llmjax.plan.objections import Objection, claim_of, objections
+from llmjax.plan.failures import Failures
+from llmjax.plan.objections import ADAM_BYTES, Objection, claim_of, objections
 from llmjax.plan.topology import Topology, prepare
 
 Bound = Literal["compute", "communication"]
@@ -41,6 +42,7 @@ METHODS = {
     "collectives": "compiler output: the scheduled program, times the trips of the loops around",
     "cost": cost.COST_METHOD,
     "carbon": cost.CARBON_METHOD,
+    "failures": failures.METHOD,
 }  # fmt: skip
 
 
@@ -81,6 +83,7 @@ class Plan:
     kernels_without_bundles: int
     cost: Cost
     carbon: Carbon
+    failures: Failures
     objections: tuple[Objection, ...]
     parameters: tuple[ParameterRow, ...]
     lower_seconds: float
@@ -134,6 +137,9 @@ def make_plan(config: Config, topology: Topology, compiled: CompiledStep, *, siz
         kernels_without_bundles=counted.kernels_without_bundles,
         cost=spent,
         carbon=cost.run_carbon(topology.name.split(":")[0], chip_hours=hours),
+        failures=failures.expect(
+            chips=topology.num_chips, step_seconds=counted.seconds, steps=config.train.steps,
+            every=config.checkpoint.every, checkpoint_bytes=ADAM_BYTES * num_params(config.model)),
         objections=objections(claim),
         parameters=parameters,
         lower_seconds=round(compiled.lower_seconds, 2),
@@ -188,8 +194,12 @@ def describe(plan: Plan) -> str:
         lines.append(f"{item.kind:14} {item.bytes / 1e9:8.2f} GB over {item.axis or 'some chips'}, {item.count} a step"
                      f"{', async' if item.asynchronous else ''}, {item.exposed_seconds:.3f} of {item.seconds:.3f} s "
                      "exposed")  # fmt: skip
+    expected = plan.failures
+    lines.append(f"failures       {expected.expected:.1f} in {expected.days:.1f} days; saving every "
+                 f"{expected.interval_steps:,} steps leaves {expected.goodput:.1%} of the time for training, as "
+                 f"configured {expected.goodput_as_configured:.1%} [model]")
     lines += cost.describe(plan.cost, plan.carbon)
     lines += [f"objection: {objection.text}" for objection in plan.objections]
-    lines.append("unknown: input, host and stragglers, failures; nothing was measured on a chip")
+    lines.append("unknown: input, host and stragglers; nothing was measured on a chip")
     lines.append(f"compiled in {plan.compile_seconds:.0f} s")
     return "\n".join(lines)
