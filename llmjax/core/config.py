@@ -42,7 +42,8 @@ AT_LEAST: dict[str, float] = {
     "train.steps": 1, "train.accumulation": 1, "train.log_every": 1, "mesh.rounds": 1,
     "checkpoint.every": 1, "checkpoint.keep": 1,
     "guard.spike_factor": 1, "guard.window": 1, "guard.warmup": 1, "guard.patience": 1, "guard.max_rollbacks": 0,
-    "guard.rate_cut": 0,
+    "guard.rate_cut": 0, "guard.loss_rise": 0, "guard.plateau_steps": 0, "guard.early_stop": 0, "guard.hang_seconds": 0,
+    "guard.check_every": 0, "checkpoint.keep_every": 0,
     "eval.every": 0, "eval.batches": 1, "eval.seq_len": 0, "eval.stride": 0,
     "serve.max_queue": 0, "serve.max_new_tokens": 1, "serve.grace_seconds": 0,
 }  # fmt: skip
@@ -95,6 +96,15 @@ def from_workdir(workdir: Path, overrides: Mapping[str, str] | None = None) -> C
     except ValueError as error:
         raise RunError(f"{path} is not JSON: {error}") from error
     return resolve(raw, overrides)
+
+
+def changes(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configs differ, by dotted path, less what only a command line sets or data fill in."""
+    old, new = flatten(before), flatten(after)
+    derived = {"train.profile", *(["model.vocab_size"] if not after.model.vocab_size else [])}
+    if after.train.init_from:
+        derived |= {path for path in new if path.startswith("model.")}  # the parent's weights decide
+    return {path: (old[path], new[path]) for path in new if old[path] != new[path] and path not in derived}
 
 
 def save(config: Config, workdir: Path) -> None:

@@ -1,4 +1,9 @@
-"""What has to be settled before jax is imported: which platform it uses, how much it says, how many CPU devices."""
+"""What has to be settled before jax is imported: which platform it uses, how much it says, how many CPU devices.
+
+And, right after, whether this process is one of several. A launcher says so by LLMJAX_COORDINATOR: `auto` where jax
+finds its peers by itself (TPU pods, GKE, Slurm), else the host:port of process 0, with LLMJAX_NUM_PROCESSES and
+LLMJAX_PROCESS_ID beside it.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +31,22 @@ def prepare(num_virtual_devices: int | None = None) -> None:
         flag = f"--xla_force_host_platform_device_count={num_virtual_devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     quiet()
+
+
+def join_processes() -> None:
+    """Become one of the processes of a run, where a launcher says there are several; before any use of a device."""
+    coordinator = os.environ.get("LLMJAX_COORDINATOR")
+    if not coordinator:
+        return
+    import jax
+
+    if jax.distributed.is_initialized():
+        return
+    if coordinator == "auto":
+        jax.distributed.initialize()
+    else:
+        jax.distributed.initialize(coordinator, num_processes=int(os.environ["LLMJAX_NUM_PROCESSES"]),
+                                   process_id=int(os.environ["LLMJAX_PROCESS_ID"]))
 
 
 def detect_platforms() -> str:

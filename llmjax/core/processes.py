@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 
-def first_alone(name: str, work: Callable[[], None]) -> None:
+def first_alone(name: str, work: Callable[[], object]) -> None:
     """Process 0 does `work`, for example writes a file that all share; nobody goes on before it is done.
 
     Call it on every process, at the same point and with the same `name`.
@@ -18,3 +19,14 @@ def first_alone(name: str, work: Callable[[], None]) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def whole(tree: Any) -> Any:
+    """Host copies of arrays, whole on every process wherever their shards lie; call it on every process."""
+    import jax
+
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)

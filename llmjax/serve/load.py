@@ -36,7 +36,7 @@ def load_workdir(workdir: Path, overrides: Mapping[str, str] | None = None) -> L
         raise RunError(f"there is no workdir {workdir}; `llmjax train --workdir={workdir} --config=FILE` makes one")
     config = configs.from_workdir(workdir, overrides)
     folder = workdir / "checkpoints"
-    step = checkpoint.latest_step(folder)
+    step = checkpoint.whole_step(folder)
     if step is None:
         raise RunError(f"{workdir} holds no checkpoint yet; `llmjax train --workdir={workdir}` trains one")
     model = decoder.abstract_model(config.model)

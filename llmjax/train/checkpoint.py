@@ -1,31 +1,37 @@
-"""Checkpoints: written by Orbax in the background, published whole, restored onto any mesh.
+"""Checkpoints: written by Orbax in the background, published whole, checked when read, restored onto any mesh.
 
-A step is a folder of three Orbax items: `params`, `progress` (step and optimiser state) and `meta`, JSON that holds
-what else a run needs to go on exactly, together with the shape of every array. Orbax writes into a temporary folder and
-renames it, so a run killed at any moment leaves the last good step; the next `Checkpointer` removes the debris.
-Weights that were imported rather than trained have no `progress`.
+A step is a folder of three Orbax items: `params`, `progress` (step, optimiser state, the guard's history) and `meta`,
+JSON that holds what else a run needs to go on exactly, together with the shape, dtype and layout of every array and the
+mesh they lay on. It is written under another name, hashed, brought to disk and only then renamed (durable.py), so a run
+killed at any moment leaves the last good step; the next `Checkpointer` removes the debris. Where a bucket is named,
+published steps are copied there as well (remote.py). Weights that were imported have no `progress`.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llmjax.core.errors import ConfigError, RunError
+from llmjax.train import durable
+from llmjax.train.remote import Bucket
 from llmjax.train.state import TrainState
 
 Meta = dict[str, Any]  # JSON: strings, numbers, lists and dicts
-Shapes = dict[str, list[int]]
+Leaves = dict[str, dict[str, Any]]  # by path: shape, dtype, and spec where it was laid on a mesh
 
 NUM_NAMED = 4  # leaves named in a mismatch before the rest is counted
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +43,31 @@ class Restored:
 
 
 class Checkpointer:
-    """Saves and restores the steps of one run. Close it (or leave its `with` block) to wait for the last save."""
+    """Saves and restores the steps of one run. Close it (or leave its `with` block) to wait for the last save.
 
-    def __init__(self, folder: Path, *, every: int, keep: int):
+    Keeps the last `keep` steps and, besides, every multiple of `keep_every`; `remote` is the URL of a bucket that gets
+    a copy of each, `say` is told what a person should know.
+    """
+
+    def __init__(self, folder: Path, *, every: int, keep: int, keep_every: int = 0, remote: str = "",
+                 say: Callable[[str], None] = log.warning):
         import orbax.checkpoint as ocp
 
-        self.folder, self._every = folder.absolute(), every
+        self.folder, self._every, self._say = folder.absolute(), every, say
+        self._surplus = lambda saved: durable.surplus(saved, keep=keep, keep_every=keep_every)
+        self._bucket = Bucket(remote) if remote else None
         _quieten()
         with _one_line(f"cannot keep checkpoints in {self.folder}"):
-            _remove_debris(self.folder)
-            self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+            if jax.process_index() == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                durable.remove_debris(self.folder)
+                self._fetch()
+        _barrier("checkpoints")
+        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._publisher = concurrent.futures.ThreadPoolExecutor(1, "publish")
+        self._uploader = concurrent.futures.ThreadPoolExecutor(1, "upload")
+        self._publishing: concurrent.futures.Future[None] | None = None
+        self._uploading: dict[int, concurrent.futures.Future[None]] = {}
 
     def due(self, step: int) -> bool:
         """Whether the state after `step` steps is one of those to save on the way."""
@@ -59,46 +80,69 @@ class Checkpointer:
         """
         import orbax.checkpoint as ocp
 
-        with _one_line(f"checkpoint {self.folder / str(step)} was not saved, the last good one stays"):
-            if step in self._manager.all_steps():
-                return
-            self._manager.save(step, force=True, args=ocp.args.Composite(
+        self.wait()
+        if step in self.steps():
+            return
+        _barrier(f"save {step}")  # nobody writes before everybody has looked
+        with self._saving(f"checkpoint {self.folder / str(step)}"):
+            self._writer.save(self._staging(step), force=True, args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 progress=ocp.args.StandardSave(_progress(state)),
-                meta=ocp.args.JsonSave(_with_shapes(meta, params=state.params, progress=_progress(state))),
+                meta=ocp.args.JsonSave(_described(meta, params=state.params, progress=_progress(state))),
             ))
+        self._publishing = self._publisher.submit(self._publish, step)
 
     def wait(self) -> None:
-        """Block until every save is on disk; raises RunError when one failed."""
-        with _one_line(f"a checkpoint in {self.folder} was not saved, the last good one stays"):
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+        """Block until every save is published; raises RunError when one failed. Uploads may still go on."""
+        publishing, self._publishing = self._publishing, None
+        if publishing:
+            with self._saving(f"a checkpoint in {self.folder}"):
+                publishing.result()
+            _barrier("published")
+
+    def steps(self) -> list[int]:
+        """The published steps, ascending."""
+        return durable.steps(self.folder)
 
     def latest_step(self) -> int | None:
-        """The last saved step, or None before the first."""
-        return self._manager.latest_step()
+        """The last published step, or None before the first."""
+        return max(self.steps(), default=None)
 
-    def restore(self, like: TrainState, step: int | None = None, *, mesh: Mesh | None = None) -> Restored:
-        """The state of `step` (default: the latest), laid out as the arrays or ShapeDtypeStructs of `like` say.
+    def restore(self, like: TrainState, step: int | None = None, *, mesh: Mesh | None = None,
+                check: Callable[[Meta], None] = lambda meta: None) -> Restored:
+        """The state of `step` (default: the latest whole one), laid out as the arrays or structs of `like` say.
 
         Their partition specs are put on `mesh`, by default the mesh of `like` or the one set by `jax.set_mesh`.
-        Raises ConfigError when the saved tree or a shape is another one, RunError when there is nothing to restore.
+        Raises ConfigError when the saved tree or a shape is another one, or `check` says so of what was saved beside;
+        RunError when there is nothing to restore. Damaged steps are named and set aside for the one before.
         """
         self.wait()
-        folder = _step_folder(self.folder, step)
-        meta, shapes = _read_meta(folder)
-        if "progress" not in shapes:
+        folder = _whole_folder(self.folder, step, say=self._say, set_aside=durable.rename_aside)
+        meta, leaves = _read_meta(folder)
+        check(meta)
+        if "progress" not in leaves:
             raise RunError(f"{folder} holds weights without a training state: start from it with train.init_from")
-        _check_shapes(folder, shapes["params"], _shapes(like.params))
-        _check_shapes(folder, shapes["progress"], _shapes(_progress(like)))
+        _check_shapes(folder, leaves["params"], _leaves(like.params))
+        _check_shapes(folder, leaves["progress"], _leaves(_progress(like)))
         params = _restore_item(folder / "params", like.params, mesh)
         progress = _restore_item(folder / "progress", _progress(like), mesh)
         return Restored(TrainState(params=params, **progress), meta)
 
+    def drop_after(self, step: int) -> None:
+        """Delete the steps after `step`, which a run has gone back to; call it on every process."""
+        self.wait()
+        for later in [saved for saved in self.steps() if saved > step]:
+            self._drop(later)
+        _barrier(f"dropped after {step}")
+
     def close(self) -> None:
-        """Wait for the last save and end the background threads."""
-        with _one_line(f"a checkpoint in {self.folder} was not saved, the last good one stays"):
-            self._manager.close()
+        """Wait for the last save and its copy, and end the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._publisher.shutdown()
+            self._uploader.shutdown()
+            self._writer.close()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -106,22 +150,81 @@ class Checkpointer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _staging(self, step: int) -> Path:
+        return self.folder / f"{step}{durable.ASIDE}"
+
+    @contextlib.contextmanager
+    def _saving(self, what: str) -> Iterator[None]:
+        """A failed save is one line, and its debris goes at once: the disk may be full."""
+        try:
+            with _one_line(f"{what} was not saved, the last good one stays"):
+                yield
+        except RunError:
+            if jax.process_index() == 0:
+                durable.remove_debris(self.folder)
+            raise
+
+    def _publish(self, step: int) -> None:
+        """In the background: wait for Orbax, make the step durable and visible, delete what is not kept."""
+        self._writer.wait_until_finished()
+        if jax.process_index():
+            return
+        durable.publish(self._staging(step), self.folder / str(step))
+        if self._bucket:
+            self._uploading[step] = self._uploader.submit(self._upload, step)
+        for old in self._surplus(self.steps()):
+            if old not in self._uploading:
+                self._drop(old)
+
+    def _upload(self, step: int) -> None:
+        """Copy a step to the bucket, by itself in the background; the local one is durable whatever happens."""
+        assert self._bucket is not None
+        try:
+            self._bucket.upload(self.folder, step)
+            for old in self._surplus(self._bucket.steps()):
+                self._bucket.remove(old)
+        except RunError as error:
+            self._say(f"the bucket has no copy of checkpoint {step:,}: {error}")
+        finally:
+            self._uploading.pop(step, None)
+
+    def _drop(self, step: int) -> None:
+        if jax.process_index() == 0:
+            durable.remove(self.folder / str(step))
+            if self._bucket and step in self._bucket.steps():
+                self._bucket.remove(step)
+
+    def _fetch(self) -> None:
+        """Where the bucket is ahead of this machine's disk (a new machine), bring its newest whole step here."""
+        if not self._bucket:
+            return
+        for step in reversed(self._bucket.steps()):
+            if step <= max(durable.steps(self.folder), default=-1):
+                return
+            try:
+                self._bucket.download(self.folder, step)
+            except RunError as error:
+                self._say(str(error))
+
 
 def save_params(folder: Path, params: Any, meta: Meta) -> None:
     """Write `params` alone as step 0 of `folder` (weights that were imported, merged or quantised); blocks."""
     import orbax.checkpoint as ocp
 
     folder = folder.absolute()
-    with _one_line(f"checkpoint {folder / '0'} was not saved"), ocp.CheckpointManager(folder) as manager:
-        manager.save(0, args=ocp.args.Composite(
-            params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(_with_shapes(meta, params=params))))
+    staging = folder / f"0{durable.ASIDE}"
+    with _one_line(f"checkpoint {folder / '0'} was not saved"):
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+            writer.save(staging, force=True, args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(_described(meta, params=params))))
+        durable.publish(staging, folder / "0")
 
 
 def restore_params(folder: Path, like: Any, step: int | None = None, *, mesh: Mesh | None = None) -> Any:
-    """Only the parameters of `step` (default: the latest), as `Checkpointer.restore` does; writes nothing."""
-    step_folder = _step_folder(folder.absolute(), step)
-    _, shapes = _read_meta(step_folder)
-    _check_shapes(step_folder, shapes["params"], _shapes(like))
+    """Only the parameters of `step` (default: the latest whole one), as `Checkpointer.restore` does; writes nothing."""
+    step_folder = _whole_folder(folder.absolute(), step)
+    _, leaves = _read_meta(step_folder)
+    _check_shapes(step_folder, leaves["params"], _leaves(like))
     return _restore_item(step_folder / "params", like, mesh)
 
 
@@ -131,10 +234,13 @@ def read_meta(folder: Path, step: int | None = None) -> Meta:
 
 
 def latest_step(folder: Path) -> int | None:
-    """The last complete step in `folder`, or None; writes nothing."""
-    import orbax.checkpoint as ocp
+    """The last published step in `folder`, or None; looks at names alone and writes nothing."""
+    return max(durable.steps(folder), default=None)
 
-    return max(ocp.utils.checkpoint_steps(folder.absolute()), default=None) if folder.is_dir() else None
+
+def whole_step(folder: Path) -> int | None:
+    """The last step in `folder` of which every byte is as it was written, or None; damaged ones are named."""
+    return durable.newest_whole(folder, say=log.warning, set_aside=lambda path: None)
 
 
 def check_meta(meta: Mapping[str, Any], *, tokenizer_hash: str, data_hash: str | None = None) -> None:
@@ -151,23 +257,36 @@ def _progress(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "guard": state.guard}
 
 
-def _shapes(tree: Any) -> Shapes:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape) for path, leaf in leaves}
+def _leaves(tree: Any) -> Leaves:
+    """What a restore has to know of every array."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): _leaf(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _with_shapes(meta: Meta, **items: Any) -> dict[str, Any]:
-    return {"run": meta, "shapes": {name: _shapes(tree) for name, tree in items.items()}}
+def _leaf(leaf: Any) -> dict[str, Any]:
+    spec = getattr(getattr(leaf, "sharding", None), "spec", ())
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "spec": [list(e) if isinstance(e, tuple) else e
+                                                                          for e in spec]}
 
 
-def _check_shapes(folder: Path, saved: Shapes, wanted: Shapes) -> None:
+def _described(meta: Meta, **items: Any) -> dict[str, Any]:
+    """`meta` together with what describes the arrays: their mesh, and each one's shape, dtype and layout."""
+    first = jax.tree.leaves(items)[0] if jax.tree.leaves(items) else None
+    mesh = getattr(getattr(first, "sharding", None), "mesh", None)
+    return {"run": meta, "mesh": dict(mesh.shape) if mesh is not None else {},
+            "leaves": {name: _leaves(tree) for name, tree in items.items()}}
+
+
+def _check_shapes(folder: Path, saved: Leaves, wanted: Leaves) -> None:
     """Raise ConfigError naming both sides where the trees differ."""
-    if saved == wanted:
+    ours = {path: tuple(leaf["shape"]) for path, leaf in saved.items()}
+    theirs = {path: tuple(leaf["shape"]) for path, leaf in wanted.items()}
+    if ours == theirs:
         return
-    parts = [("shapes differ (saved, wanted)", [f"{path} {tuple(saved[path])} {tuple(wanted[path])}" for path in saved
-                                                if path in wanted and saved[path] != wanted[path]]),
-             ("only saved", [f"{path} {tuple(saved[path])}" for path in saved if path not in wanted]),
-             ("only wanted", [f"{path} {tuple(wanted[path])}" for path in wanted if path not in saved])]
+    parts = [("shapes differ (saved, wanted)", [f"{path} {ours[path]} {theirs[path]}" for path in ours
+                                                if path in theirs and ours[path] != theirs[path]]),
+             ("only saved", [f"{path} {ours[path]}" for path in ours if path not in theirs]),
+             ("only wanted", [f"{path} {theirs[path]}" for path in theirs if path not in ours])]
     described = "; ".join(f"{title}: {_some(leaves)}" for title, leaves in parts if leaves)
     raise ConfigError(f"checkpoint {folder} is of another model or optimiser: {described}")
 
@@ -184,12 +303,46 @@ def _step_folder(folder: Path, step: int | None) -> Path:
     return folder / str(found)
 
 
-def _read_meta(folder: Path) -> tuple[Meta, dict[str, Shapes]]:
+def _whole_folder(folder: Path, step: int | None, *, say: Callable[[str], None] = log.warning,
+                  set_aside: Callable[[Path], None] = lambda path: None) -> Path:
+    """The folder of a step that is as it was written; one process reads it all and tells the others."""
+    if step is None:
+        found = durable.newest_whole(folder, say=say, set_aside=set_aside) if jax.process_index() == 0 else None
+        found = _told(found)
+        if found is None and (damaged := durable.corrupt(folder)):
+            raise RunError(f"no checkpoint in {folder} is whole, {damaged[-1].name} for one: "
+                           f"{durable.fault(damaged[-1])}")
+        return _step_folder(folder, found)
+    chosen = _step_folder(folder, step)
+    if wrong := durable.fault(chosen) if jax.process_index() == 0 else "":
+        raise RunError(f"checkpoint {chosen} is damaged: {wrong}")
+    return chosen
+
+
+def _told(step: int | None) -> int | None:
+    """What process 0 found."""
+    if jax.process_count() == 1:
+        return step
+    from jax.experimental import multihost_utils
+
+    told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return None if told < 0 else told
+
+
+def _barrier(name: str) -> None:
+    """Wait until every process of the run has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def _read_meta(folder: Path) -> tuple[Meta, dict[str, Leaves]]:
     import orbax.checkpoint as ocp
 
     with _one_line(f"checkpoint {folder} cannot be read"), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         saved = reader.restore(folder / "meta")
-        return saved["run"], saved["shapes"]
+        return saved["run"], saved["leaves"]
 
 
 def _restore_item(folder: Path, like: Any, mesh: Mesh | None) -> Any:
@@ -210,16 +363,6 @@ def _target(leaf: Any, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     elif not isinstance(sharding, SingleDeviceSharding):
         sharding = SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _remove_debris(folder: Path) -> None:
-    """Delete what a killed or failed save left; at once, because Orbax's own clean-up races with the next save."""
-    import orbax.checkpoint as ocp
-
-    if jax.process_index() == 0 and folder.is_dir():
-        for path in folder.iterdir():
-            if ocp.utils.is_tmp_checkpoint(path):
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _quieten() -> None:

@@ -1,4 +1,8 @@
-"""Stopping on purpose: a signal becomes a flag that the loop looks at between two steps."""
+"""Stopping on purpose: a signal becomes a flag that the loop looks at between two steps.
+
+In a run of several processes jax's coordination service takes SIGTERM, whichever process it reaches, and makes all of
+them agree on one step to stop after; ours would have to be told of each other's signals.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,19 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 from llmjax.core.errors import RestartRequested
 
 
 @contextlib.contextmanager
 def restart_on_sigterm() -> Iterator[None]:
     """Where nothing has to be saved, SIGTERM ends the work at once, by RestartRequested."""
+    if jax.process_count() > 1:
+        yield
+        return
+
     def stop(number: int, frame: FrameType | None) -> None:
         del number, frame
         raise RestartRequested("stopped by SIGTERM; the same command goes on from what is saved")
@@ -35,9 +46,15 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # elsewhere (a notebook's thread) none arrive
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
+
+    def agreed(self, step: int) -> signal.Signals | None:
+        """The signal after which all processes stop at this step, asked once a step by each of them."""
+        if jax.process_count() == 1:
+            return self.received
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():

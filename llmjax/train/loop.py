@@ -1,35 +1,41 @@
-"""The one loop: restore, step, log, save, stop. It looks the same for every task.
+"""The one loop: restore, step, log, save, roll back, stop. It looks the same for every task.
 
-Nothing in it waits for the device but reading the metrics of the step before, a checkpoint and a hook.
+Nothing in it waits for the device but reading the metrics of the step before, a checkpoint, a hook and a check-up.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
+import functools
 import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
+import psutil
 from jax.sharding import Mesh
 
-from llmjax.core.errors import RestartRequested, RunError
+from llmjax.core.errors import RestartRequested
 from llmjax.core.sections import Config
+from llmjax.core.stage_sections import rope_theta_at
 from llmjax.core.task import Params, Task
-from llmjax.models import flops
-from llmjax.models.decoder import Model
-from llmjax.track.memory import memory_metrics
+from llmjax.models.decoder import Model, abstract_model
+from llmjax.track.goodput import Goodput
+from llmjax.track.logbook import Event, Logbook
 from llmjax.track.metrics import Writer
 from llmjax.track.progress import ProgressLine
+from llmjax.train import rollback
 from llmjax.train.batch import put_batch
 from llmjax.train.build import build_training
-from llmjax.train.checkpoint import Checkpointer, Meta, check_meta, read_meta
+from llmjax.train.checkpoint import Checkpointer, Meta, check_meta
+from llmjax.train.checkup import Checkup
 from llmjax.train.fault import StopSignals
+from llmjax.train.guard import Guard, Trouble
+from llmjax.train.reporter import Profiler, Reporter
 from llmjax.train.state import TrainState
+from llmjax.train.step import make_eval_step
+from llmjax.train.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +46,10 @@ class Run:
     model: Model
     mesh: Mesh
     task: Task
+    workdir: Path
     checkpointer: Checkpointer
     initial_params: Callable[[], Params]  # called when there is no checkpoint to go on from
     meta: Meta  # saved with every checkpoint; tokenizer_hash and data_hash are checked on resume
-    profile_folder: Path
 
     @property
     def last_step(self) -> int:
@@ -53,13 +59,13 @@ class Run:
 
 def start(run: Run) -> TrainState:
     """The state to go on from: the last checkpoint's, or a fresh one; ConfigError when that one is of another run."""
-    training = build_training(run.config, run.model, run.task.loss)
     with jax.set_mesh(run.mesh):
         if run.checkpointer.latest_step() is not None:
-            check_meta(read_meta(run.checkpointer.folder), tokenizer_hash=run.meta["tokenizer_hash"],
-                       data_hash=run.meta["data_hash"])
-            return run.checkpointer.restore(training.abstract_state(run.mesh), mesh=run.mesh).state
-        return jax.jit(training.init, donate_argnums=0)(run.initial_params())
+            restored = run.checkpointer.restore(_like(run), mesh=run.mesh, check=functools.partial(
+                check_meta, tokenizer_hash=run.meta["tokenizer_hash"], data_hash=run.meta["data_hash"]))
+            return rollback.with_rate(restored.state, run.workdir)
+        init = build_training(run.config, run.model, run.task.loss).init
+        return jax.jit(init, donate_argnums=0)(run.initial_params())
 
 
 def compile_step(run: Run) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -67,134 +73,131 @@ def compile_step(run: Run) -> Callable[..., tuple[TrainState, dict[str, jax.Arra
     return jax.jit(build_training(run.config, run.model, run.task.loss).step, donate_argnums=0)
 
 
-def fit(run: Run, state: TrainState, *, writer: Writer, progress: ProgressLine) -> TrainState:
-    """Train from `state` to the last step; saves on the way and at the end.
+def steps_of(run: Run) -> Callable[[int], Callable[..., tuple[TrainState, dict[str, jax.Array]]]]:
+    """Step number -> the jitted step that takes it: one, unless stages move the base of the rotary positions."""
+    own = run.model.config.rope_theta
 
-    Raises RunError when a loss is not finite and stays so and RestartRequested on SIGTERM, both after
-    whatever could be saved was saved.
+    @functools.cache
+    def compiled(rope_theta: float) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+        model_config = dataclasses.replace(run.model.config, rope_theta=rope_theta)
+        return compile_step(run if rope_theta == own else dataclasses.replace(run, model=abstract_model(model_config)))
+
+    return lambda step: compiled(rope_theta_at(run.config.stages, step, otherwise=own))
+
+
+def fit(run: Run, state: TrainState, *, writer: Writer, progress: ProgressLine) -> TrainState:
+    """Train from `state` to the last step, or to an early end; saves on the way and at the end.
+
+    Raises RunError when the run does not recover and RestartRequested on SIGTERM, both after whatever could be saved
+    was saved.
     """
-    first = int(state.step)
-    step_fn = compile_step(run)
-    report = Reporter(run, first, writer=writer, progress=progress)
-    with jax.set_mesh(run.mesh), StopSignals() as signals, Profiler(run) as profiler:
+    say = _teller(run.workdir, progress)
+    step = first = int(state.step)
+    step_of, guard = steps_of(run), Guard(run.config.guard, say=say)
+    goodput = Goodput(run.workdir, born=psutil.Process().create_time())
+    report = Reporter(run.config, run.model, run.mesh, first_step=first, writer=writer, progress=progress, guard=guard,
+                      goodput=goodput)
+    checkup = Checkup(run.config.guard, run.model, run.task, run.mesh, say=say)
+    watchdog = Watchdog(run.config.guard.hang_seconds, workdir=run.workdir, say=functools.partial(say, "stop"))
+    with (jax.set_mesh(run.mesh), StopSignals() as signals, watchdog, goodput,
+          Profiler(run.config.train.profile, run.workdir / "profile") as profiler):
         batches = run.task.batches(start_step=first)
-        for step in range(first + 1, run.last_step + 1):
+        while step < run.last_step and not guard.early_stop:
+            step += 1
             profiler.before(step)
-            batch = put_batch(next(batches), run.mesh)
-            state, metrics = step_fn(state, run.task.frozen, batch)
+            began = time.monotonic()
+            with goodput.spend("input"):
+                batch = put_batch(next(batches), run.mesh)
+            state, metrics = step_of(step)(state, run.task.frozen, batch)
+            checkup.worked(began)
             report.later(step, metrics, batch)  # reads the step before this one, which is done by now
-            for hook in run.task.hooks:
-                if step % hook.every == 0:
-                    report.now()
-                    writer.write(step, hook.call(step, state))
-            if run.checkpointer.due(step) or step == run.last_step or signals.received:
+            watchdog.beat(f"step {step:,} began")
+            _call_hooks(run, step, state, report=report, guard=guard, writer=writer)
+            if checkup.due(step):
+                report.now()
+                checkup.look(step, state, batch, loss=report.last["loss"])
+            last = step == run.last_step or bool(guard.early_stop)
+            stop = signals.agreed(step)
+            if run.checkpointer.due(step) or last or stop:
                 report.now()  # a step that went wrong must not be saved
-                if not report.streak or step == run.last_step:
-                    run.checkpointer.save(step, state, {**run.meta, "step": step})
-            if signals.received:
-                _stop(run, step, signals.received)
-        run.checkpointer.wait()
+                if last and not guard.healthy and _still_good(run, state, guard):
+                    guard.trust()
+                if guard.healthy:
+                    with goodput.spend("checkpoint"):
+                        run.checkpointer.save(step, state, {**run.meta, "step": step})
+            if stop:
+                _stop(run, step, stop)
+            if trouble := guard.trouble or (guard.unsettled() if last else None):
+                state = _roll_back(run, state, trouble, say=say)
+                step = int(state.step)
+                batches = run.task.batches(start_step=step)
+                report.drop()
+                guard.forget()
+        with goodput.spend("checkpoint"):
+            run.checkpointer.wait()
+    if guard.early_stop:
+        say("end", f"early, after step {step:,}: {guard.early_stop}")
     return state
 
 
+def _like(run: Run) -> TrainState:
+    """Shapes and shardings of the run's state; called under its mesh."""
+    return build_training(run.config, run.model, run.task.loss).abstract_state(run.mesh)
+
+
+def _teller(workdir: Path, progress: ProgressLine) -> Callable[[Event, str], None]:
+    """Says things on the screen and in the logbook; in a run of many processes the first one does."""
+    if jax.process_index():
+        return lambda event, text: None
+    logbook = Logbook(workdir)
+
+    def say(event: Event, text: str) -> None:
+        progress.note(text)
+        logbook.enter(event, text)
+
+    return say
+
+
+def _call_hooks(run: Run, step: int, state: TrainState, *, report: Reporter, guard: Guard, writer: Writer) -> None:
+    for hook in run.task.hooks:
+        if step % hook.every == 0:
+            report.now()
+            values: Mapping[str, float] = hook.call(step, state)
+            writer.write(step, values)
+            if "eval_loss" in values:
+                guard.see_eval(step, values["eval_loss"])
+
+
+def _still_good(run: Run, state: TrainState, guard: Guard) -> bool:
+    """Whether a state that ends in bad steps is itself good: its loss on the last batch that was fine.
+
+    Otherwise one bad batch at the end would cost a roll-back.
+    """
+    trouble = guard.unsettled()
+    if trouble is None or trouble.first < 2:
+        return False
+    batch = put_batch(next(run.task.batches(start_step=trouble.first - 2)), run.mesh)
+    out = jax.jit(make_eval_step(run.model, run.task.loss))(state.params, run.task.frozen, batch)
+    loss = float(out.loss_sum) / max(float(out.weight), 1.0)
+    return loss <= guard.typical_loss + run.config.guard.loss_rise
+
+
+def _roll_back(run: Run, state: TrainState, trouble: Trouble, *, say: Callable[[Event, str], None]) -> TrainState:
+    """The state of the last good checkpoint, at a lower rate; RunError when there is none or it was tried enough."""
+    chosen = rollback.decide(trouble, run.config.guard, workdir=run.workdir, checkpointer=run.checkpointer)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()  # room for the one that replaces it
+    rollback.record(chosen, workdir=run.workdir, checkpointer=run.checkpointer)
+    say("rollback", str(chosen))
+    return rollback.with_rate(run.checkpointer.restore(_like(run), chosen.step, mesh=run.mesh).state, run.workdir)
+
+
 def _stop(run: Run, step: int, received: signal.Signals) -> None:
-    """Leave after a signal, with the checkpoint of this step on disk."""
+    """Leave after a signal, with what can be saved on disk."""
     run.checkpointer.wait()
     if received is signal.SIGINT:
         raise KeyboardInterrupt
-    raise RestartRequested(f"stopped by {received.name} after step {step:,}, which is saved; "
+    saved = run.checkpointer.latest_step()
+    kept = "which is saved" if saved == step else f"the last good checkpoint is of step {saved or 0:,}"
+    raise RestartRequested(f"stopped by {received.name} after step {step:,}, {kept}; "
                            "the same command goes on from there")
-
-
-class Reporter:
-    """Turns device metrics into log lines, one step late so that the device never waits for the host."""
-
-    def __init__(self, run: Run, first_step: int, *, writer: Writer, progress: ProgressLine):
-        self._run, self._writer, self._progress = run, writer, progress
-        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
-        self._tokens = 0  # positions in batches since the last line
-        self._since = time.monotonic()
-        self._timed = first_step + 1  # the first step compiles: it is left out of the rate
-        self.last: dict[str, float] = {}
-        self.streak = 0  # steps skipped in a row
-
-    def later(self, step: int, metrics: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> None:
-        """Take the metrics of a step that was just dispatched, and report those of the one before."""
-        self.now()
-        self._pending = (step, metrics)
-        self._tokens += next(array.size for name, array in batch.items() if name.startswith("tokens"))
-
-    def now(self) -> None:
-        """Report what is pending; waits for that step to end."""
-        if self._pending is None:
-            return
-        step, metrics = self._pending
-        self._pending = None
-        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        del values["finite"]
-        self.streak = 0 if values.pop("accepted") else self.streak + 1
-        if self.streak:
-            self._skipped(step, values)
-        del values["grad_norm_median"]
-        due = step % self._run.config.train.log_every == 0 or step == self._run.last_step
-        if step == self._timed:
-            self._tokens, self._since = 0, time.monotonic()
-        elif due:
-            values |= self._rates() | memory_metrics()
-        if due:
-            self._writer.write(step, values)
-        self.last |= values
-        self._progress.update(step, self.last)
-
-    def _rates(self) -> dict[str, float]:
-        """Tokens a second since the last line and, where the chip's peak is known, the model FLOPs utilisation."""
-        now = time.monotonic()
-        rate = self._tokens / (now - self._since)
-        self._tokens, self._since = 0, now
-        rates = {"tokens_per_second": rate}
-        devices = self._run.mesh.devices
-        peak = flops.peak_flops(devices.flat[0].device_kind)
-        if peak:
-            per_token = flops.flops_per_token(self._run.model.config, self._run.config.data.seq_len)
-            rates["mfu"] = rate * per_token / (peak * devices.size)
-        return rates
-
-    def _skipped(self, step: int, values: Mapping[str, float]) -> None:
-        """Say so, and end the run where it does not recover."""
-        config, name = self._run.config, "grad_norm" if math.isfinite(values["loss"]) else "loss"
-        finite = math.isfinite(values[name])
-        why = f"is over {config.guard.spike_factor:g} times its median" if finite else "is not finite"
-        text = f"{name} {values[name]:.4g} at step {step:,} {why}; the step was left out"
-        self._progress.note(text)
-        if self.streak < config.guard.patience and (finite or step < self._run.last_step):
-            return
-        self._run.checkpointer.wait()
-        saved = self._run.checkpointer.latest_step()
-        kept = "nothing was saved yet" if saved is None else f"the checkpoint of step {saved:,} is untouched"
-        raise RunError(f"{text}, {kept}: lower optim.learning_rate")
-
-
-class Profiler:
-    """Traces the steps that train.profile names, FIRST:LAST, for TensorBoard, XProf or Perfetto."""
-
-    def __init__(self, run: Run):
-        first, _, last = run.config.train.profile.partition(":")
-        self._steps = range(int(first), int(last) + 1) if first else range(0)
-        self._folder = run.profile_folder
-        self._open = contextlib.ExitStack()
-        self._tracing = False
-
-    def __enter__(self) -> Profiler:
-        return self
-
-    def before(self, step: int) -> None:
-        """Start or stop the trace in front of `step`."""
-        if step in self._steps and not self._tracing:
-            self._open.enter_context(jax.profiler.trace(str(self._folder), create_perfetto_trace=True))
-            self._tracing = True
-        elif self._tracing and step not in self._steps:
-            self._open.close()
-            self._tracing = False
-
-    def __exit__(self, *error: Any) -> None:
-        self._open.close()

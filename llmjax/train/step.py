@@ -21,6 +21,7 @@ from llmjax.optim.build import clip_by_global_norm
 from llmjax.optim.skip import judge, keep_if
 from llmjax.train.batch import batch_specs
 from llmjax.train.gradients import leaf_specs, make_loss_and_grad, sum_shares
+from llmjax.train.monitors import group_norms
 from llmjax.train.state import Placement, TrainState, place
 
 Metrics = dict[str, jax.Array]
@@ -69,6 +70,8 @@ def make_train_step(model: Any, loss: LossFn, optimizer: optax.GradientTransform
                    "weight": out.weight, "learning_rate": rate, "finite": verdict.finite, "accepted": verdict.accept}
         metrics |= {name: value / weight for name, value in out.metrics.items()}
         return TrainState(state.step + 1, params, opt_state, verdict.state), metrics
+        if settings.guard.monitors == "full":
+            metrics |= group_norms("gradient", grads) | group_norms("update", updates) | group_norms("param", params)
 
     return train_step
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -40,6 +41,9 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         print(f"{workdir} has finished its {config.train.steps:,} steps; next: {_next_command(config, workdir)}")
         print(workdir)
         return 0
+    from llmjax.core.platform import join_processes
+
+    join_processes()
     from llmjax.train.fault import restart_on_sigterm
 
     with restart_on_sigterm():  # the loop has its own way
@@ -53,15 +57,20 @@ def _train(config: Config, workdir: Path) -> None:
     """All that a run does, from its data to its card."""
     tokenizer, config = _tokenizer(config, workdir)
 
+    from llmjax.core.processes import first_alone
     from llmjax.train import loop
     from llmjax.verbs import train_report
+
+    def leave_what_it_is() -> None:
+        train_report.enter_changes(config, workdir)
+        configs.save(config, workdir)
+        tokenizer.save(workdir / "tokenizer")
 
     with train_report.Session(config, workdir) as session:
         prepared = prepare(config, workdir, tokenizer)
         with prepared.checkpointer:
             state = loop.start(prepared)
-            configs.save(config, workdir)  # not earlier: a run that is refused leaves the workdir as it was
-            tokenizer.save(workdir / "tokenizer")
+            first_alone("config", leave_what_it_is)  # not earlier: a run that is refused leaves the workdir as it was
             state = session.train(prepared, state)
         session.describe(prepared, state, tokenizer)
 
@@ -78,12 +87,26 @@ def _with_profile(config: Config, steps: str) -> Config:
 
 
 def _finished(workdir: Path, config: Config) -> bool:
-    """Whether the last checkpoint and the card are there; looks at names alone, so it answers at once."""
-    return (workdir / "checkpoints" / str(config.train.steps)).is_dir() and (workdir / "card.md").exists()
+    """Whether the run that is asked for is complete; a complete run of another config is refused, by its fields.
+
+    More steps than it has taken are no other run: it goes on. The card is written last, and first removed when a run
+    goes on, so it alone says what is complete.
+    """
+    if not (workdir / "card.md").exists():
+        return False
+    before = configs.from_workdir(workdir)
+    changes = configs.changes(before, config)
+    if config.train.steps > before.train.steps:
+        return False
+    if changes:
+        named = ", ".join(f"{path}={old!r}, not {new!r}" for path, (old, new) in list(changes.items())[:4])
+        raise ConfigError(f"{workdir} has finished with {named}: name another --workdir, or give it more train.steps")
+    return True
 
 
 def _tokenizer(config: Config, workdir: Path) -> tuple[Tokenizer, Config]:
     """The run's tokenizer and the config with what follows from it or from the parent run."""
+    from llmjax.core.processes import first_alone
     from llmjax.data.build import build, data_folder
     from llmjax.data.tokenizer import Tokenizer
     from llmjax.track.progress import Stages
@@ -93,7 +116,7 @@ def _tokenizer(config: Config, workdir: Path) -> tuple[Tokenizer, Config]:
     if config.task.name == "pretrain":
         folder = data_folder(config.data, workdir)
         tokenizer_config = dataclasses.replace(config.tokenizer, path=parent or config.tokenizer.path)
-        build(config.data, tokenizer_config, folder, progress=Stages("data"))
+        first_alone("data", lambda: build(config.data, tokenizer_config, folder, progress=Stages("data")))
         tokenizer = Tokenizer.load(folder)
     elif parent:
         tokenizer = Tokenizer.load(Path(parent))
@@ -114,6 +137,7 @@ def prepare(config: Config, workdir: Path, tokenizer: Tokenizer) -> Run:
     from llmjax.data.build import data_folder
     from llmjax.models.decoder import abstract_model, init_params
     from llmjax.track.lineage import versions
+    from llmjax.track.logbook import Logbook
     from llmjax.train.checkpoint import Checkpointer, restore_params
     from llmjax.train.loop import Run
 
@@ -130,8 +154,10 @@ def prepare(config: Config, workdir: Path, tokenizer: Tokenizer) -> Run:
 
     with jax.set_mesh(mesh):
         task = _make_task(config, workdir, tokenizer, model, parent_params)
-    checkpointer = Checkpointer(workdir / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
-    return Run(config, model, mesh, task, checkpointer, profile_folder=workdir / "profile",
+    checkpointer = Checkpointer(workdir / "checkpoints", **dataclasses.asdict(config.checkpoint),
+                                say=functools.partial(Logbook(workdir).enter, "warning") if not jax.process_index()
+                                else lambda text: None)
+    return Run(config, model, mesh, task, workdir, checkpointer,
                initial_params=parent_params if config.train.init_from else fresh_params,
                meta={"tokenizer_hash": tokenizer.hash, "data_hash": data_hash,
                      "config": configs.to_dict(config), "versions": versions()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 import time
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import jax
 
+from llmjax.core import config as configs
 from llmjax.core.files import write_json
+from llmjax.core.processes import first_alone, whole
 from llmjax.core.sections import Config, EvalConfig
 from llmjax.core.task import Params
 from llmjax.data.build import data_folder
@@ -23,8 +26,8 @@ from llmjax.serve.sampling import SamplingParams
 from llmjax.track.carbon import CarbonMeter
 from llmjax.track.cards import FILE as CARD
 from llmjax.track.lineage import trace
-from llmjax.track.logbook import Logbook
-from llmjax.track.metrics import open_writers
+from llmjax.track.logbook import Event, Logbook
+from llmjax.track.metrics import MultiWriter, open_writers
 from llmjax.track.progress import ProgressLine, Stages
 from llmjax.track.report import write_report
 from llmjax.track.run import FILE as RESULTS
@@ -37,46 +40,54 @@ class Session:
 
     def __init__(self, config: Config, workdir: Path):
         self._config, self._workdir = config, workdir
-        self._logbook = Logbook(workdir)
+        self._first = jax.process_index() == 0  # the one process of a run that writes and speaks
         self._carbon = CarbonMeter(workdir, config.track)
 
     def __enter__(self) -> Session:
-        remark = self._carbon.start()
+        remark = self._carbon.start() if self._first else ""
         if remark:
-            self._logbook.enter("warning", remark)
+            self._enter("warning", remark)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._carbon.stop()
         if error is not None:
-            self._logbook.enter("stop", f"{type(error).__name__}: {error}")
+            self._enter("stop", f"{type(error).__name__}: {error}")
+
+    def _enter(self, event: Event, text: str) -> None:
+        if self._first:
+            Logbook(self._workdir).enter(event, text)
 
     def train(self, run: loop.Run, state: TrainState) -> TrainState:
         """Run the loop from `state` to the last step."""
         first = int(state.step)
         hashes = {name: run.meta[name] for name in ("data_hash", "tokenizer_hash")}
-        trace(self._config, **hashes).save(self._workdir)
-        self._logbook.enter("resume" if first else "start",
-                            f"at step {first:,} of {run.last_step:,} on {_devices()}, mesh {dict(run.mesh.shape)}")
-        (self._workdir / CARD).unlink(missing_ok=True)  # a run that has its card is complete
+        if self._first:
+            trace(self._config, **hashes).save(self._workdir)
+            (self._workdir / CARD).unlink(missing_ok=True)  # a run that has its card is complete
+        self._enter("resume" if first else "start",
+                    f"at step {first:,} of {run.last_step:,} on {_devices()}, mesh {dict(run.mesh.shape)}")
         if first >= run.last_step:
             return state
-        writer = open_writers(self._workdir, self._config.track, start_step=first)
-        progress = ProgressLine(run.last_step, start_step=first)
+        writer = open_writers(self._workdir, self._config.track, start_step=first) if self._first else MultiWriter([])
+        progress = ProgressLine(run.last_step, start_step=first, stream=None if self._first else io.StringIO())
         began = time.monotonic()
         try:
             state = loop.fit(run, state, writer=writer, progress=progress)
         finally:
             progress.close()
             writer.close()
-        self._logbook.enter("end", f"step {run.last_step:,} after {time.monotonic() - began:.0f} s of this process")
+        self._enter("end", f"step {int(state.step):,} after {time.monotonic() - began:.0f} s of this process")
         return state
 
     def describe(self, run: loop.Run, state: TrainState, tokenizer: Tokenizer) -> None:
         """Evaluate held-out documents, sample a completion, draw the curves, write the card; print what counts."""
+        params = whole(state.params)  # on the host: what follows runs on one device
+        first_alone("describe", lambda: self._describe(run, int(state.step), params, tokenizer))
+
+    def _describe(self, run: loop.Run, steps: int, params: Params, tokenizer: Tokenizer) -> None:
         config = self._config
-        params = jax.device_get(state.params)  # whole arrays: what follows runs on one device
-        results: dict[str, Any] = {"steps": run.last_step, "num_params": flops.num_params(run.model.config),
+        results: dict[str, Any] = {"steps": steps, "num_params": flops.num_params(run.model.config),
                                    "device": _devices()}
         holdout = data_folder(config.data, self._workdir) / "holdout.parquet"
         if holdout.exists() and (documents := read_holdout(holdout)):
@@ -87,9 +98,16 @@ class Session:
         write_json(self._workdir / RESULTS, results)
         self._carbon.stop()
         written = write_report(self._workdir)
-        self._logbook.enter("evaluation", ", ".join(f"{name} {value:.4g}" for name, value in results.items()
+        self._enter("evaluation", ", ".join(f"{name} {value:.4g}" for name, value in results.items()
                                                     if isinstance(value, float)))
         print("\n".join([*_lines(results), "written: " + ", ".join(map(str, written))]))
+
+
+def enter_changes(config: Config, workdir: Path) -> None:
+    """Note in the logbook which fields of a run are others than when it began."""
+    if (workdir / configs.CONFIG_FILE).exists():
+        for path, (old, new) in configs.changes(configs.from_workdir(workdir), config).items():
+            Logbook(workdir).enter("warning", f"{path} is {new!r} from here on, it was {old!r}")
 
 
 def _devices() -> str:

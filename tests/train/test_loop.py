@@ -68,10 +68,10 @@ def make_run(config: Config, workdir: Path, data: Path, *, mesh: jax.sharding.Me
     """A run as the train verb prepares it, on one device unless a mesh is given."""
     mesh = mesh or single_device_mesh()
     checkpointer = Checkpointer(workdir / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
-    return loop.Run(config, abstract_model(config.model), mesh, task or pretrain.make_task(config, data=data, workdir=workdir),
-                    checkpointer, meta={"tokenizer_hash": "t", "data_hash": "d"} | meta,
-                    initial_params=lambda: init_params(config.model, jax.random.key(0), mesh),
-                    profile_folder=workdir / "profile")  # fmt: skip
+    return loop.Run(config, abstract_model(config.model), mesh,
+                    task or pretrain.make_task(config, data=data, workdir=workdir), workdir, checkpointer,
+                    meta={"tokenizer_hash": "t", "data_hash": "d"} | meta,
+                    initial_params=lambda: init_params(config.model, jax.random.key(0), mesh))  # fmt: skip
 
 
 def train(run: loop.Run, workdir: Path, *, screen: io.StringIO | None = None) -> TrainState:
@@ -196,12 +196,41 @@ def poisoned(data: Path, *, at: tuple[int, ...]) -> Task:
 
 
 def test_a_run_that_does_not_recover_stops(data: Path, tmp_path: Path) -> None:
-    config = change(CONFIG, guard={"patience": 2})
-    run = make_run(config, tmp_path, data, task=poisoned(data, at=(5, 6)))
-    with pytest.raises(RunError, match=r"at step 6 is not finite.*checkpoint of step 3 is untouched.*learning_rate"):
+    config = change(CONFIG, guard={"patience": 2, "max_rollbacks": 1}, train={"steps": 8})
+    run = make_run(config, tmp_path, data, task=poisoned(data, at=(4, 5, 6, 7, 8)))
+    says = r"at step 6 is not finite.*1 roll-backs did not help, the checkpoint of step 3 is untouched.*learning_rate"
+    with pytest.raises(RunError, match=says):
         train(run, tmp_path)
-    state = train(make_run(config, tmp_path, data), tmp_path)  # the good batches again
+    assert run.checkpointer.steps() == [3]
+    state = train(make_run(config, tmp_path, data), tmp_path)  # with good batches
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_lasting_trouble_is_rolled_back(data: Path, tmp_path: Path) -> None:
+    """Three bad batches in a row: back to the checkpoint before them, on without them and at a lower rate."""
+    config = change(CONFIG, guard={"patience": 3}, train={"steps": 12}, checkpoint={"every": 4})
+    undisturbed = pretrain.make_task(config, data=data, workdir=tmp_path / "none").batches(start_step=0)
+    batches = [next(undisturbed)["tokens_BT"] for _ in range(20)]
+    bad = [tokens.tobytes() for tokens in batches[6:9]]  # of steps 7, 8 and 9
+    task = pretrain.make_task(config, data=data, workdir=tmp_path)
+
+    def spoilt(*, start_step: int) -> Iterator[Batch]:
+        for batch in task.batches(start_step=start_step):
+            seen.append(batch["tokens_BT"].tobytes())
+            yield {**batch, "weights_BT": batch["weights_BT"] * np.float32(np.nan if seen[-1] in bad else 1)}
+
+    seen: list[bytes] = []
+    run = make_run(config, tmp_path, data, task=dataclasses.replace(task, batches=spoilt))
+    state = train(run, tmp_path)
+    assert int(state.step) == 12 and np.isclose(float(state.guard.rate_scale), 0.7)
+    assert seen[-8:] == [tokens.tobytes() for tokens in batches[9:17]]  # steps 5 to 12, the window left out
+    (line,) = [line for line in (tmp_path / "logbook.md").read_text().splitlines() if "**rollback**" in line]
+    assert "loss nan at step 9 is not finite" in line and "back to the checkpoint of step 4" in line
+    assert "without the data of steps 5 to 9, at 70% of the learning rate" in line
+    rates, losses = metrics(tmp_path)["learning_rate"], metrics(tmp_path)["loss"]
+    assert np.isfinite(losses).all() and rates[4] < rates[3] * 0.75
+    resumed = loop.start(make_run(config, tmp_path, data))
+    assert np.isclose(float(resumed.guard.rate_scale), 0.7)
 
 
 def test_one_bad_batch_costs_one_step(data: Path, tmp_path: Path) -> None:

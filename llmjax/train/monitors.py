@@ -1,0 +1,94 @@
+"""What is watched beside the loss: norms by group, slow trends, a collapsing embedding, processes that lag behind."""
+
+from __future__ import annotations
+
+import collections
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llmjax.core import tree
+from llmjax.core.task import Params
+
+WINDOW, END = 128, 16  # a trend compares the first and the last END of WINDOW values
+DRIFT = 4.0  # times by which they may differ
+ALIKE = 0.9  # mean pairwise cosine above which embeddings point one way
+UNLEARNT = 0.95  # share of log V above which a loss says that nothing was learnt
+LAG = 1.5  # times the median that a process may take
+
+
+def group_norms(kind: str, values: Params) -> dict[str, jax.Array]:
+    """`kind/group`: the norm over each module of the model, layers taken together."""
+    groups: dict[str, list[jax.Array]] = {}
+    for path, leaf in tree.flatten(values).items():
+        groups.setdefault(".".join(path[:2]) if len(path) > 2 else path[0], []).append(leaf)
+    return {f"{kind}/{name}": optax.tree.norm(leaves) for name, leaves in groups.items()}
+
+
+class Trends:
+    """Says once when a norm, or anything else with a `/` in its name, drifts away slowly."""
+
+    def __init__(self, *, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._seen: dict[str, collections.deque[float]] = {}
+
+    def see(self, step: int, values: Mapping[str, float]) -> None:
+        """Take in what was logged at a step."""
+        for name, value in values.items():
+            if "/" not in name or not math.isfinite(value):
+                continue
+            seen = self._seen.setdefault(name, collections.deque(maxlen=WINDOW))
+            seen.append(value)
+            if len(seen) == WINDOW:
+                self._compare(step, name, list(seen))
+
+    def _compare(self, step: int, name: str, seen: list[float]) -> None:
+        before, now = statistics.median(seen[:END]), statistics.median(seen[-END:])
+        if before > 0 and not 1 / DRIFT <= now / before <= DRIFT:
+            self._say(f"{name} drifts: {before:.3g}, and {WINDOW} records later {now:.3g} at step {step:,}")
+            self._seen[name].clear()
+
+
+@jax.jit
+def mean_cosine(table_VD: jax.Array) -> jax.Array:
+    """Mean cosine over all pairs of different rows: (|sum of unit rows|^2 - V) / (V (V - 1)), in float32."""
+    table_VD = table_VD.astype(jnp.float32)
+    unit_VD = table_VD / jnp.maximum(jnp.linalg.norm(table_VD, axis=-1, keepdims=True), 1e-12)
+    num = table_VD.shape[0]
+    return (jnp.sum(jnp.square(jnp.sum(unit_VD, axis=0))) - num) / (num * (num - 1))
+
+
+def collapsed(cosine: float, loss: float, *, vocab_size: int) -> bool:
+    """Whether an embedding has collapsed: alike rows alone may be a healthy common shift, so the loss decides."""
+    return cosine > ALIKE and loss > UNLEARNT * math.log(vocab_size)
+
+
+def laggards(seconds: Sequence[float]) -> dict[int, float]:
+    """Processes whose own work takes much longer than the median one's, with how many times longer."""
+    middle = statistics.median_low(seconds)
+    return {process: value / middle for process, value in enumerate(seconds) if middle > 0 and value > LAG * middle}
+
+
+class HostTimes:
+    """Every process's seconds of its own work a step: waiting for the others is what all have in common."""
+
+    def __init__(self) -> None:
+        self._seconds, self._steps = 0.0, 0
+
+    def add(self, seconds: float) -> None:
+        """One step's share that this process spent on input and dispatch."""
+        self._seconds, self._steps = self._seconds + seconds, self._steps + 1
+
+    def gather(self) -> list[float]:
+        """Mean seconds a step of every process since the last call, on every process; all have to call it."""
+        from jax.experimental import multihost_utils
+
+        mine: Any = np.float32(self._seconds / max(self._steps, 1))
+        self._seconds, self._steps = 0.0, 0
+        return [float(value) for value in np.atleast_1d(multihost_utils.process_allgather(mine))]
