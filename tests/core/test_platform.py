@@ -42,3 +42,13 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     platform.prepare(num_virtual_devices=4)
     assert os.environ["JAX_PLATFORMS"] == "tpu"
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=here --xla_force_host_platform_device_count=4"
+
+
+def test_the_cpu_compiles_at_a_lower_level_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    platform.prepare()
+    assert os.environ["XLA_FLAGS"] == "--xla_backend_optimization_level=1"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    platform.prepare()
+    assert os.environ["XLA_FLAGS"] == "--xla_backend_optimization_level=3"
