@@ -16,6 +16,7 @@ class TaskConfig:
     name: Literal["pretrain", "sft", "dpo"] = "pretrain"
     beta: float = 0.1  # DPO: strength of the pull towards the reference policy
     z_loss: float = 0.0  # weight of log(Z)^2 beside the cross-entropy
+    multi_token: float = 0.3  # weight of the further heads' mean loss, where the model has such heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,29 @@ class TokenizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CurationConfig:
+    """What a document must be like to stay. By default nothing is asked of it; duplicates and leaks go in any case."""
+
+    registry: str = ""  # the reviewed file of sources (TOML): then only what it allows is read
+    boilerplate: Literal["keep", "strip"] = "keep"  # library headers and licences, site menus
+    punctuation: Literal["keep", "plain"] = "keep"  # plain: typographic quotes and dashes as ASCII
+    languages: str = ""  # comma-separated ISO 639 codes; others are dropped
+    min_language_confidence: float = 0.5
+    rules: str = ""  # comma-separated: gopher_quality, gopher_repetition, c4, fineweb
+    pii: Literal["keep", "redact", "drop"] = "keep"  # personal data and secrets
+    repeated_lines: int = 0  # documents that may hold a line before it goes from the others; 0: any number
+    repeated_words: int = 0  # a run of so many words stays only where it comes first; 0: it stays
+    perplexity_model: str = ""  # a folder of `train_ngrams`; with it documents above `max_perplexity` are dropped
+    max_perplexity: float = 1000.0
+    quality_model: str = ""  # a file of `train_classifier`; with it the best `quality_keep` stay, exactly
+    quality_keep: float = 0.1
+    toxicity: str = ""  # module:function that scores a list of texts from 0 to 1
+    max_toxicity: float = 0.5
+    leak_share: float = 0.5  # of a held-out item's 13-grams that a document may not reach
+    common_ngram: float = 0.01  # share of the documents above which a 13-gram is boilerplate
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where documents come from, how they are cleaned and how they become batches."""
 
@@ -43,6 +67,7 @@ class DataConfig:
     max_bytes: int = 2_000_000  # longer ones too
     near_duplicate_jaccard: float = 0.7  # 5-word shingles; 0 switches near-deduplication off
     licence: str = "stated by the user"  # recorded for sources given as bare paths
+    curation: CurationConfig = CurationConfig()
     seq_len: int = 512  # tokens in a row
     batch_size: int = 8  # rows in a global batch (pairs for DPO)
     shuffle_seed: int = 0

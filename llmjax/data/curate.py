@@ -1,64 +1,199 @@
-"""Curation: from sources to the documents to train on, the documents held out, and a reason for every other one."""
+"""Curation: from sources to the documents to train on, the documents held out, and a reason for every other one.
+
+Units of the corpus are prepared one by one (read, cleaned, judged, signed) into files that a killed build finds again.
+What needs the whole corpus follows: duplicates, and leaks of held-out items. Its decisions are a file too; a corpus is
+read only through them, and only when they account for every document.
+"""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import sys
-from collections.abc import Iterable, Iterator
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from llmjax.core.errors import RunError
 from llmjax.core.sections import DataConfig
-from llmjax.data.clean import clean, length_fault
-from llmjax.data.dedup import content_hash, exact_duplicates, near_duplicates
+from llmjax.data import decontaminate, dedup
+from llmjax.data.clean import Clean, Length
+from llmjax.data.decontaminate import Benchmark, Items
+from llmjax.data.filters import filters
 from llmjax.data.progress import Progress
-from llmjax.data.read import Document, Removal, read
-from llmjax.data.registry import Source
+from llmjax.data.read import batches
+from llmjax.data.registry import Source, SourceFile
+from llmjax.data.stage import UNIT_BITS, Engine, Stage, run_stages, with_column
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MEGABYTE = 1e6
+DECISIONS = "decisions.arrow"
+MIN_COMMON = 20  # documents that hold a 13-gram before it can count as common
+_KINDS = ("documents", "signatures", "hits")  # a unit's files, the last of them written last
+
+Split = Literal["train", "holdout"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A file of the corpus, in its place."""
+
+    number: int
+    source: Source
+    file: SourceFile
+    split: Split
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Reads, cleans, judges and signs one unit into files of `folder`; a finished unit is left as it is."""
+
+    folder: Path
+    stages: dict[Split, tuple[Stage, ...]]
+    threshold: float
+    items: Items | None
+
+    def __call__(self, unit: Unit) -> None:
+        """Write the unit's files."""
+        if not unit_path(self.folder, unit.number, _KINDS[-1]).exists():
+            tables = (run_stages(self._placed(unit, rows, first), self.stages[unit.split])
+                      for first, rows in _numbered(batches(unit.source, unit.file)))
+            _write_together(self.folder, unit.number, (self._files(unit, table) for table in tables))
+
+    def _placed(self, unit: Unit, rows: pa.Table, first: int) -> pa.Table:
+        import pyarrow as pa
+
+        order = (unit.number << UNIT_BITS) + np.arange(first, first + len(rows))
+        return with_column(rows, "order", pa.array(order))
+
+    def _files(self, unit: Unit, table: pa.Table) -> tuple[pa.Table, ...]:
+        import pyarrow.compute as pc
+
+        going_on = table.filter(pc.is_null(table["reason"]))
+        items = self.items if unit.split == "train" and self.items else NO_ITEMS
+        return (table, dedup.signatures(going_on, threshold=self.threshold), decontaminate.hits(going_on, items))
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Curated documents in the order in which they were read, and what became of the others.
+    """A curated corpus on disk: documents in the order in which they were read, and what became of the others.
 
-    `holdout` begins with the documents that were named as held out; those taken from the sources by their hash follow
-    and also stand in `removals`, so every document read is in `train` or in `removals`, once.
+    The holdout is the documents that were named as held out, then those taken from the sources by their hash; the
+    latter also count as dropped, so every document read is kept or dropped, once.
     """
 
-    train: list[Document]
-    holdout: list[Document]
-    removals: list[Removal]
+    folder: Path
+    units: tuple[Unit, ...]
     read: int
+    dropped: dict[str, int]  # reason -> documents
     encodings: dict[str, int]
+    stages: tuple[Stage, ...]
+    benchmarks: tuple[Benchmark, ...]
+    items: tuple[str, ...]  # ids of the held-out items, which leaks are named by
 
-    @property
-    def dropped(self) -> dict[str, int]:
-        """Reason -> documents."""
-        return _counts(removal.reason for removal in self.removals)
+    def tables(self, split: Split, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The documents of a split, without text where `columns` leaves it out."""
+        import pyarrow.compute as pc
+
+        wanted = {"train": ("train",), "holdout": ("named", "held_out")}[split]
+        for _, table in self._decided(columns):
+            rows = table.filter(pc.is_in(table["decision"], value_set=_strings(wanted)))
+            if len(rows):
+                yield rows.drop(["decision", "kept", "score", "reason"])
+
+    def removals(self, columns: Sequence[str] = ("order", "id", "source")) -> Iterator[pa.Table]:
+        """Documents of the sources that do not go on, with `decision` (why), `kept` (an order) and `score`."""
+        import pyarrow.compute as pc
+
+        for unit, table in self._decided(columns):
+            if unit.split == "train":
+                yield table.filter(pc.not_equal(table["decision"], "train"))
+
+    def removal_records(self) -> Iterator[dict[str, Any]]:
+        """Each as a line of dropped.jsonl; duplicates and leaks name what they are of, and how alike they are."""
+        for table in self.removals():
+            for row in table.to_pylist():
+                record = {"id": row["id"], "source": row["source"], "reason": row["decision"]}
+                if row["decision"] == "leak":
+                    record |= {"kept_id": self.items[row["kept"]], "share": row["score"]}
+                elif row["kept"] >= 0:
+                    jaccard = None if np.isnan(row["score"]) else row["score"]
+                    record |= {"kept_id": self.id_of(row["kept"]), "jaccard": jaccard}
+                yield record
+
+    def id_of(self, order: int) -> str:
+        """The id of the document at a place."""
+        ids = _ids(unit_path(self.folder, order >> UNIT_BITS, "documents"))
+        return ids[order & (1 << UNIT_BITS) - 1].as_py()
+
+    def _decided(self, columns: Sequence[str] | None) -> Iterator[tuple[Unit, pa.Table]]:
+        decisions = _open(self.folder / DECISIONS)
+        start = 0
+        for unit in self.units:
+            table = _open(unit_path(self.folder, unit.number, "documents"))
+            part = decisions.slice(start, len(table))
+            start += len(table)
+            if not part["order"].equals(table["order"]):
+                raise RunError(f"{self.folder / DECISIONS} is incomplete: build the data again")
+            table = table if columns is None else table.select([*dict.fromkeys((*columns, "reason"))])
+            for name in ("decision", "kept", "score"):
+                table = table.append_column(name, part[name])
+            yield unit, table
 
 
-def curate(config: DataConfig, sources: list[Source], holdouts: list[Source], *, progress: Progress) -> Corpus:
-    """Read, clean, filter by length, deduplicate and split. Raises RunError when nothing is left to train on."""
-    progress("read", 0.0)
-    named, _ = _clean_documents(holdouts, min_bytes=1, max_bytes=sys.maxsize)
-    documents, removals = _clean_documents(sources, min_bytes=config.min_bytes, max_bytes=config.max_bytes)
-    num_read = len(documents) + len(removals)
-    encodings = _counts(document.encoding for document in documents)
-    size = sum(document.num_bytes for document in documents) / MEGABYTE
-    progress("read", 1.0, f"{num_read:,} documents, {size:.1f} MB after cleaning and length limits")
+NO_ITEMS = Items([], [], np.empty(0, np.uint64), decontaminate.Ragged(np.empty(0, np.int64), np.zeros(1, np.int64)))
+
+
+def curate(config: DataConfig, sources: list[Source], holdouts: list[Source], folder: Path, *, engine: Engine,
+           extra: tuple[Stage, ...] = (), progress: Progress) -> Corpus:
+    """Curate into files of `folder`, going on where an earlier call was killed. RunError when nothing is left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    units = make_units(holdouts, sources)
+    named = [unit for unit in units if unit.split == "holdout"]
+    train_stages = (*stages(config), *extra)
+    prepare = Prepare(folder, {"holdout": (Clean(),), "train": train_stages}, config.near_duplicate_jaccard, None)
+    _run(engine, prepare, named, lambda share: progress("read", 0.05 * share))
+    items = holdout_items(folder, named)
+    prepare = dataclasses.replace(prepare, items=items)
+    _run(engine, prepare, units[len(named):], lambda share: progress("read", min(0.99, share)))
+    size = sum(unit.file.path.stat().st_size for unit in units if unit.file.path.is_file()) / MEGABYTE
+    progress("read", 1.0, f"{len(units):,} files, {size:.1f} MB")
     progress("dedup", 0.0)
-    documents, duplicates = _without_duplicates(named, documents, threshold=config.near_duplicate_jaccard)
-    progress("dedup", 1.0, f"{len(duplicates):,} duplicates dropped")
-    held_out = [document for document in documents if is_held_out(document.doc_id, config.holdout_fraction)]
-    train = [document for document in documents if not is_held_out(document.doc_id, config.holdout_fraction)]
-    progress("holdout", 1.0, f"{len(named) + len(held_out):,} documents held out")
-    removals += duplicates + [Removal(document.id, document.source, "held_out") for document in held_out]
-    corpus = Corpus(train, named + held_out, removals, num_read, encodings)
-    if not train:
+    paths = [unit_path(folder, unit.number, "signatures") for unit in units]
+    duplicates = engine.duplicates(paths, threshold=config.near_duplicate_jaccard)
+    progress("dedup", 1.0, f"{len(duplicates):,} duplicates found")
+    leaks = _leaks(folder, units, items, config)
+    corpus = _decide(folder, units, duplicates, leaks, items, config, train_stages)
+    progress("holdout", 1.0, f"{corpus.dropped.get('held_out', 0):,} documents held out, "
+                             f"{corpus.dropped.get('leak', 0):,} dropped for holding a held-out item")
+    if corpus.read == sum(corpus.dropped.values()):
         reasons = ", ".join(f"{count} {reason}" for reason, count in corpus.dropped.items()) or "they hold none"
         raise RunError(f"data.sources={config.sources!r}: no document is left to train on ({reasons})")
     return corpus
+
+
+def stages(config: DataConfig) -> tuple[Stage, ...]:
+    """What looks at one document at a time, in order."""
+    wanted = config.curation
+    return (Clean(punctuation=wanted.punctuation, boilerplate=wanted.boilerplate),
+            Length(config.min_bytes, config.max_bytes), *filters(wanted))
+
+
+def make_units(holdouts: list[Source], sources: list[Source]) -> list[Unit]:
+    """Every file in its place; held-out ones first, because the first of a group of duplicates stays."""
+    both: list[tuple[Split, list[Source]]] = [("holdout", holdouts), ("train", sources)]
+    files = [(source, file, split) for split, group in both for source in group for file in source.files]
+    return [Unit(number, *rest) for number, rest in enumerate(files)]
+
+
+def unit_path(folder: Path, number: int, kind: str) -> Path:
+    """One of a unit's files."""
+    return folder / f"{number:07}.{kind}.arrow"
 
 
 def is_held_out(doc_id: str, fraction: float) -> bool:
@@ -66,50 +201,160 @@ def is_held_out(doc_id: str, fraction: float) -> bool:
     return int(doc_id[:16], 16) < fraction * 2**64
 
 
-def _clean_documents(sources: list[Source], *, min_bytes: int, max_bytes: int) -> tuple[list[Document], list[Removal]]:
-    documents, removals = [], []
-    for item in _clean_each(sources):
-        fault = isinstance(item, Document) and length_fault(item.num_bytes, min_bytes=min_bytes, max_bytes=max_bytes)
-        if isinstance(item, Removal):
-            removals.append(item)
-        elif fault:
-            removals.append(Removal(item.id, item.source, fault))
-        else:
-            documents.append(item)
-    return documents, removals
+def holdout_items(folder: Path, units: Sequence[Unit]) -> Items | None:
+    """The items of named holdouts; RunError for a source of them that holds none, which would protect nothing."""
+    import pyarrow as pa
 
-
-def _clean_each(sources: list[Source]) -> Iterator[Document | Removal]:
-    for item in (item for source in sources for item in read(source)):
-        if isinstance(item, Document):
-            text = clean(item.text, item.kind)
-            item = dataclasses.replace(item, text=text, doc_id=content_hash(text))
-        yield item
-
-
-def _without_duplicates(named: list[Document], documents: list[Document], *,
-                        threshold: float) -> tuple[list[Document], list[Removal]]:
-    """Documents that repeat neither an earlier one nor a held-out one of `named`, and the others."""
-    pool = named + documents  # the first of a group stays, so held-out documents go first
-    exact = exact_duplicates([document.doc_id for document in pool])
-    removals = [_duplicate(pool, i, kept, len(named), "exact_duplicate") for i, kept in exact.items()]
-    distinct = [i for i in range(len(pool)) if i not in exact]
-    near = near_duplicates([pool[i].text for i in distinct], threshold=threshold) if threshold else {}
-    removals += [_duplicate(pool, distinct[i], distinct[match.kept], len(named), "near_duplicate", match.jaccard)
-                 for i, match in near.items()]
-    gone = exact.keys() | {distinct[i] for i in near}
-    kept = [document for i, document in enumerate(pool) if i >= len(named) and i not in gone]
-    return kept, [removal for removal in removals if removal is not None]
-
-
-def _duplicate(pool: list[Document], i: int, kept: int, num_named: int, reason: str,
-               similarity: float | None = None) -> Removal | None:
-    """The removal of `pool[i]` in favour of `pool[kept]`; None for a held-out document, which is never removed."""
-    if i < num_named:
+    if not units:
         return None
-    reason = f"{reason}_of_holdout" if kept < num_named else reason
-    return Removal(pool[i].id, pool[i].source, reason, pool[kept].id, similarity)
+    tables = [_open(unit_path(folder, unit.number, "documents")).select(["id", "source", "text"]) for unit in units]
+    empty = {unit.source.name for unit in units} - {row for table in tables for row in table["source"].to_pylist()}
+    if empty:
+        raise RunError(f"data.holdouts: {', '.join(sorted(empty))} holds no item, so nothing would be kept out for it")
+    return Items.of(pa.concat_tables(tables))
 
 
-def _counts(values: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(collections.Counter(values).items()))
+def _run(engine: Engine, prepare: Prepare, units: Sequence[Unit], progress: Any) -> None:
+    for done, _ in enumerate(engine.map(prepare, units), start=1):
+        progress(done / len(units))
+
+
+def _leaks(folder: Path, units: Sequence[Unit], items: Items | None, config: DataConfig) -> pa.Table:
+    import pyarrow as pa
+
+    train = [unit for unit in units if unit.split == "train"]
+    hits = [_open(unit_path(folder, unit.number, "hits")) for unit in train]
+    found = pa.concat_tables(hits) if hits else decontaminate.hits(pa.table({"order": [], "text": []}), NO_ITEMS)
+    documents = sum(len(_open(unit_path(folder, unit.number, "signatures"))) for unit in train)
+    common = max(MIN_COMMON, int(config.curation.common_ngram * documents))
+    return decontaminate.verdicts(found, items or NO_ITEMS, share=config.curation.leak_share, max_documents=common)
+
+
+def _decide(folder: Path, units: Sequence[Unit], duplicates: pa.Table, leaks: pa.Table, items: Items | None,
+            config: DataConfig, used: tuple[Stage, ...]) -> Corpus:
+    """Write one decision a document: a stage's reason, else a duplicate's, else a leak's, else held out or train."""
+    import pyarrow as pa
+
+    is_duplicate, is_leak = _Rows(duplicates), _Rows(leaks)
+    first_train = next((unit.number for unit in units if unit.split == "train"), len(units)) << UNIT_BITS
+    dropped: collections.Counter[str] = collections.Counter()
+    encodings: collections.Counter[str] = collections.Counter()
+    dropped_for_items: list[pa.Table] = []
+    read = 0
+    parts = []
+    for unit in units:
+        table = _open(unit_path(folder, unit.number, "documents")).select(["order", "reason", "doc_id", "encoding"])
+        order = table["order"].to_numpy()
+        if unit.split == "holdout":
+            decision, kept, score = ["named"] * len(order), np.full(len(order), -1), np.full(len(order), np.nan)
+        else:
+            decision, kept, score = _decisions(table, is_duplicate, is_leak, first_train, config.holdout_fraction)
+            read += len(order)
+            dropped.update(reason for reason in decision if reason != "train")
+            encodings.update(name for name, reason in zip(table["encoding"].to_pylist(), table["reason"].to_pylist(),
+                                                          strict=True) if reason is None)
+            leaked = pa.array([reason == "leak" for reason in decision], pa.bool_())
+            dropped_for_items.append(leaks.filter(pa.compute.is_in(leaks["order"], table["order"].filter(leaked))))
+        parts.append(pa.table({"order": order, "decision": pa.array(decision, pa.string()), "kept": kept,
+                               "score": score}))
+    _write_file(folder / DECISIONS, parts)
+    report = decontaminate.report(items, pa.concat_tables(dropped_for_items)) if items else []
+    return Corpus(folder, tuple(units), read, dict(sorted(dropped.items())), dict(sorted(encodings.items())), used,
+                  tuple(report), tuple(items.ids) if items else ())
+
+
+def _decisions(table: pa.Table, duplicates: _Rows, leaks: _Rows, first_train: int,
+               holdout_fraction: float) -> tuple[list[str], np.ndarray, np.ndarray]:
+    order = table["order"].to_numpy()
+    decision = [reason or "" for reason in table["reason"].to_pylist()]
+    kept, score = np.full(len(order), -1), np.full(len(order), np.nan)
+    for row, place in duplicates.of(order):
+        jaccard = duplicates.table["jaccard"][place].as_py()
+        kept[row], score[row] = duplicates.table["kept"][place].as_py(), np.nan if jaccard is None else jaccard
+        decision[row] = (("exact" if jaccard is None else "near") + "_duplicate"
+                         + ("_of_holdout" if kept[row] < first_train else ""))
+    for row, place in leaks.of(order):
+        if not decision[row]:
+            decision[row], score[row] = "leak", leaks.table["share"][place].as_py()
+            kept[row] = leaks.table["item"][place].as_py()
+    for row, doc_id in enumerate(table["doc_id"].to_pylist()):
+        decision[row] = decision[row] or ("held_out" if is_held_out(doc_id, holdout_fraction) else "train")
+    return decision, kept, score
+
+
+class _Rows:
+    """Rows of a table found by their order."""
+
+    def __init__(self, table: pa.Table):
+        self.table, self.order = table, table["order"].to_numpy()
+
+    def of(self, order: np.ndarray) -> Iterator[tuple[int, int]]:
+        """(place in `order`, row of the table) of each order that the table has."""
+        start, stop = np.searchsorted(self.order, [order[0], order[-1] + 1]) if len(order) else (0, 0)
+        return zip(np.searchsorted(order, self.order[start:stop]).tolist(), range(start, stop), strict=True)
+
+
+def _numbered(tables: Iterator[pa.Table]) -> Iterator[tuple[int, pa.Table]]:
+    first = 0
+    for table in tables:
+        yield first, table
+        first += len(table)
+
+
+def _write_together(folder: Path, number: int, batches: Iterator[tuple[pa.Table, ...]]) -> None:
+    """Stream each unit's tables into its files, and name them when all of them are whole."""
+    import pyarrow as pa
+
+    paths = [unit_path(folder, number, kind) for kind in _KINDS]
+    partial = [path.with_suffix(".partial") for path in paths]
+    writers: list[pa.ipc.RecordBatchFileWriter] = []
+    for tables in batches:
+        writers = writers or [pa.ipc.new_file(path, table.schema)
+                              for path, table in zip(partial, tables, strict=True)]
+        for writer, table in zip(writers, tables, strict=True):
+            writer.write_table(table)
+    for writer in writers:
+        writer.close()
+    for path, kind in zip(partial, _KINDS, strict=True):
+        if not writers:
+            _write_file(path, [empty_tables()[kind]])
+        os.replace(path, path.with_suffix(".arrow"))
+
+
+@functools.cache
+def empty_tables() -> dict[str, pa.Table]:
+    """What the files of a unit without documents hold."""
+    import pyarrow as pa
+
+    from llmjax.data.stage import documents_schema
+
+    documents = Clean()(documents_schema().empty_table())
+    return {"documents": documents, "signatures": dedup.signatures(documents, threshold=0.7),
+            "hits": pa.table({"order": pa.array([], pa.int64()), "gram": pa.array([], pa.int64())})}
+
+
+def _write_file(path: Path, tables: Sequence[pa.Table]) -> None:
+    import pyarrow as pa
+
+    with pa.ipc.new_file(path.with_suffix(".partial"), tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    os.replace(path.with_suffix(".partial"), path)
+
+
+def _open(path: Path) -> pa.Table:
+    """A table on disk, mapped: memory holds what is touched."""
+    import pyarrow as pa
+
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+@functools.lru_cache(64)
+def _ids(path: Path) -> pa.ChunkedArray:
+    return _open(path)["id"]
+
+
+def _strings(values: Sequence[str]) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.array(values, pa.string())

@@ -13,6 +13,8 @@ from typing import Any
 
 from llmjax.core.errors import RunError
 from llmjax.data import shards
+from llmjax.data.decontaminate import Benchmark
+from llmjax.data.hashes import hash_file, hash_json
 
 FILE = "manifest.json"
 
@@ -42,6 +44,8 @@ class Manifest:
     read: int  # documents found in `data.sources`
     dropped: dict[str, int]  # reason -> documents, those held out included
     encodings: dict[str, int]  # of what was read
+    stages: tuple[str, ...]  # what looked at each document, with every limit
+    benchmarks: tuple[Benchmark, ...]  # what was found of each source of held-out items, nothing included
     shards: tuple[shards.Shard, ...]  # paths below shards/
     tokenizer_hash: str
     files: dict[str, str]  # every other file of the folder -> its hash
@@ -74,6 +78,8 @@ class Manifest:
                 "folder": folder,
                 "sources": tuple(SourceCounts(**counts) for counts in record["sources"]),
                 "holdout": tuple(SourceCounts(**counts) for counts in record["holdout"]),
+                "stages": tuple(record["stages"]),
+                "benchmarks": tuple(Benchmark(**counts) for counts in record["benchmarks"]),
                 "shards": tuple(shards.Shard(**shard) for shard in record["shards"])})
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is not a manifest of this version ({error}): build the data again") from None
@@ -92,24 +98,6 @@ class Manifest:
         record = dataclasses.asdict(self)
         del record["folder"]
         return record
-
-
-def hash_json(value: Any) -> str:
-    """xxh3-128 of a JSON value, independent of the order of its keys."""
-    import xxhash
-
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
-
-
-def hash_file(path: Path) -> str:
-    """xxh3-128 of a file's bytes."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _compare(path: Path, expected: str) -> None:

@@ -7,14 +7,23 @@ import functools
 import gzip
 import io
 import json
+import re
 import tokenize
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 
 from llmjax.core.errors import RunError
-from llmjax.data.registry import Source, SourceFile
+from llmjax.data import extras
+from llmjax.data.registry import HUB_PREFIX, Source, SourceFile
+from llmjax.data.stage import documents_schema
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_BYTES = 16_000_000  # of text in a table
+_SURROGATES = re.compile("[\ud800-\udfff]")  # halves that JSON escapes can spell and UTF-8 cannot
 
 Kind = Literal["prose", "verbatim"]  # prose may be normalised; in code and markup every character can matter
 
@@ -25,7 +34,7 @@ _ASCII, _LATIN_LETTERS = bytes(range(0x80)), bytes(range(0xA0, 0x100))
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text and where it came from; `path` is the file, with the line for JSONL; `doc_id` is set once it is clean."""
+    """A text and where it came from; `path` is the file, with the line or row where it holds several."""
 
     id: str
     text: str
@@ -34,7 +43,8 @@ class Document:
     path: str
     kind: Kind
     encoding: str
-    doc_id: str = ""
+    author: str | None = None
+    url: str | None = None
 
     @functools.cached_property
     def num_bytes(self) -> int:
@@ -53,6 +63,9 @@ class Removal:
     jaccard: float | None = None  # of the two, for near duplicates
 
 
+_MISSING = {True: None, False: ""}  # what a column holds where a row lacks it, by whether it may be null
+
+
 class UndecodableError(ValueError):
     """Bytes that are no text in any encoding we know; the message is the reason."""
 
@@ -60,10 +73,56 @@ class UndecodableError(ValueError):
 def read(source: Source) -> Iterator[Document | Removal]:
     """Every document of `source`, in the order of its files. Raises RunError for what is not what its name says."""
     for file in source.files:
-        if file.path.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _read_jsonl(source, file)
-        else:
-            yield _read_file(source, file)
+        yield from read_file(source, file)
+
+
+def read_file(source: Source, file: SourceFile) -> Iterator[Document | Removal]:
+    """Every document of one file of `source`, by the suffix of its name."""
+    from llmjax.data import formats
+
+    if source.holdout and file.path.suffix in (".csv", ".json") and file.path.name != "index.json":
+        yield from (formats.read_csv if file.path.suffix == ".csv" else formats.read_json)(source, file)
+        return
+    reader = next((reader for suffix, reader in formats.READERS.items() if file.path.name.endswith(suffix)), None)
+    if file.id.startswith(HUB_PREFIX):
+        reader = formats.read_hub
+    if reader is not None:
+        yield from reader(source, file)
+    elif file.path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+        yield from _read_jsonl(source, file)
+    else:
+        yield _read_text(source, file)
+
+
+def batches(source: Source, file: SourceFile, *, num_bytes: int = BATCH_BYTES) -> Iterator[pa.Table]:
+    """The documents of one file as tables with the columns of `stage.documents_schema`, `order` left at 0.
+
+    What cannot be read is a row without text and with its reason. Memory holds one batch of about `num_bytes`.
+    """
+    from llmjax.data import formats
+
+    if file.path.name.endswith(".parquet") or file.path.is_dir():
+        yield from formats.parquet_batches(source, file, num_bytes=num_bytes)
+        return
+    rows: list[Document | Removal] = []
+    size = 0
+    for item in read_file(source, file):
+        rows.append(item)
+        size += len(item.text) if isinstance(item, Document) else 0
+        if size >= num_bytes:
+            yield _table(rows)
+            rows, size = [], 0
+    if rows:
+        yield _table(rows)
+
+
+def _table(rows: list[Document | Removal]) -> pa.Table:
+    import pyarrow as pa
+
+    columns = {field.name: [getattr(row, field.name, _MISSING[field.nullable]) for row in rows]
+               for field in documents_schema() if field.name not in ("order", "text")}
+    texts = [_SURROGATES.sub("\ufffd", row.text) if isinstance(row, Document) else "" for row in rows]
+    return pa.table({"order": [0] * len(rows), "text": texts, **columns}, schema=documents_schema())
 
 
 def decode(raw: bytes, *, python: bool = False) -> tuple[str, str]:
@@ -119,7 +178,7 @@ def as_utf8(name: str) -> str:
     return name.encode("utf-8", "replace").decode("utf-8")
 
 
-def _read_file(source: Source, file: SourceFile) -> Document | Removal:
+def _read_text(source: Source, file: SourceFile) -> Document | Removal:
     id_ = as_utf8(file.id)
     try:
         text, encoding = decode(file.path.read_bytes(), python=file.path.suffix == ".py")
@@ -129,25 +188,48 @@ def _read_file(source: Source, file: SourceFile) -> Document | Removal:
     return Document(id_, text, source.name, source.licence, id_, kind, encoding)
 
 
-def _read_jsonl(source: Source, file: SourceFile) -> Iterator[Document]:
-    for number, line in enumerate(_lines(file.path), start=1):
+def _read_jsonl(source: Source, file: SourceFile) -> Iterator[Document | Removal]:
+    from llmjax.data import formats
+
+    for number, line in enumerate(open_lines(file.path), start=1):
         if not line.strip():
             continue
         place = as_utf8(f"{file.id}:{number}")
+        if source.holdout and not _is_document(line):
+            yield from formats.record_items(json.loads(line), source, place)
+            continue
         record = _record(line, place)
         licence = record.get("licence") or record.get("license") or source.licence
         id_ = as_utf8(str(record["id"]))
         kind: Kind = "verbatim" if id_.endswith((".py", ".md")) else "prose"
-        yield Document(id_, record["text"], source.name, str(licence), place, kind, "utf-8")
+        author, url = (None if record.get(name) is None else as_utf8(str(record[name])) for name in ("author", "url"))
+        yield Document(id_, record["text"], source.name, str(licence), place, kind, "utf-8", author, url)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    opener = gzip.open if path.name.endswith(".gz") else open
+def open_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, unpacked where its name ends in .gz or .zst; RunError when it is not whole."""
     try:
-        with opener(path, "rb") as lines:
+        with open_packed(path) as lines:
             yield from lines
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise RunError(f"{path}: not a whole gzip file ({error})") from None
+
+
+def open_packed(path: Path) -> BinaryIO:
+    """A file to read, unpacked on the way where its name says that it is packed."""
+    if path.name.endswith(".gz"):
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if path.name.endswith(".zst"):
+        return io.BufferedReader(extras.zstandard().ZstdDecompressor().stream_reader(path.open("rb")))
+    return path.open("rb")
+
+
+def _is_document(line: bytes) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return True  # whose fault is then named
+    return isinstance(record, dict) and "text" in record
 
 
 def _record(line: bytes, place: str) -> dict:

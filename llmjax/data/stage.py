@@ -87,10 +87,12 @@ def with_reasons(documents: pa.Table, reasons: Sequence[str | None] | pa.Array) 
     import pyarrow.compute as pc
 
     column = pc.coalesce(documents["reason"], pa.chunked_array([pa.array(reasons, pa.string())]))
-    return documents.set_column(documents.schema.get_field_index("reason"), "reason", column)
+    return with_column(documents, "reason", column)
 
 
 def with_column(documents: pa.Table, name: str, values: Any) -> pa.Table:
     """`documents` with column `name`, added or replaced."""
     place = documents.schema.get_field_index(name)
-    return documents.append_column(name, values) if place < 0 else documents.set_column(place, name, values)
+    if place < 0:
+        return documents.append_column(name, values)
+    return documents.set_column(place, documents.schema.field(place), values)

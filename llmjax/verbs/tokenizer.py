@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,14 +46,17 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 def _train(config: Config, workdir: Path, args: argparse.Namespace) -> int:
     from llmjax.data.build import make_tokenizer
     from llmjax.data.curate import curate
+    from llmjax.data.embedded import Embedded
     from llmjax.data.registry import find_sources
     from llmjax.track.progress import Stages
 
-    sources, holdouts = (find_sources(spec, field=field, licence=config.data.licence) for spec, field in (
-        (config.data.sources, "data.sources"), (config.data.holdouts, "data.holdouts")))
+    data = config.data
+    sources, holdouts = (find_sources(spec, field=field, licence=data.licence, registry=data.curation.registry)
+                         for spec, field in ((data.sources, "data.sources"), (data.holdouts, "data.holdouts")))
     progress = Stages("tokenizer")
-    corpus = curate(config.data, sources, holdouts, progress=progress)
-    tokenizer = make_tokenizer(corpus.train, config.tokenizer, workdir / "tokenizer", progress)
+    with tempfile.TemporaryDirectory() as units:
+        corpus = curate(config.data, sources, holdouts, Path(units), engine=Embedded(), progress=progress)
+        tokenizer = make_tokenizer(corpus, config.tokenizer, workdir / "tokenizer", progress)
     print(f"{workdir / 'tokenizer'}: {tokenizer.vocab_size:,} pieces, hash {tokenizer.hash}")
     if args.json:
         print(json.dumps({"folder": str(workdir / "tokenizer"), "vocab_size": tokenizer.vocab_size,
