@@ -120,6 +120,9 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     _check_spread("model.num_layers", config.model.num_layers, layers)
     if sizes["context"] > 1:  # each shard holds a piece from the front and one from the back
         _check_spread("data.seq_len", config.data.seq_len, {"2 * mesh.context": 2 * sizes["context"]})
+    for axis in ("stage", "context"):
+        if config.model.multi_token and sizes[axis] > 1:
+            raise ConfigError(f"mesh.{axis}={sizes[axis]}: with model.multi_token={config.model.multi_token} 1 fits")
     if config.mesh.rounds > 1:
         _check_rounds(config, sizes["stage"])
     rows = {f"mesh.{axis}": sizes[axis] for axis in AXIS_NAMES if axis in ROW_AXES}

@@ -15,9 +15,8 @@ from jax import lax
 
 from llmjax.core import collectives
 from llmjax.core.model_sections import AttentionConfig, ModelConfig, Span
-from llmjax.kernels.attention import api as kernel
 from llmjax.kernels.attention.options import Options, Terms
-from llmjax.models import rope
+from llmjax.models import context, rope
 from llmjax.models.cache import KVCache
 from llmjax.models.dense import dense
 from llmjax.models.inputs import BlockInputs
@@ -60,9 +59,10 @@ class Attention(nnx.Module):
             k_BSKH = lax.dynamic_update_slice_in_dim(cache.k_BSKH, k_BSKH, inputs.q_offset, axis=1)
             v_BSKH = lax.dynamic_update_slice_in_dim(cache.v_BSKH, v_BSKH, inputs.q_offset, axis=1)
             cache = KVCache(k_BSKH, v_BSKH)
-        out_BTNH = kernel.attention(q_BTNH, k_BSKH, v_BSKH, q_segment_ids_BT=inputs.q_segment_ids_BT,
-                                    kv_segment_ids_BS=inputs.kv_segment_ids_BS, q_offset=inputs.q_offset,
-                                    options=options(self.config, span=span), terms=self._terms(q_BTNH.shape[2]))
+        out_BTNH = context.attention(q_BTNH, k_BSKH, v_BSKH, q_segment_ids_BT=inputs.q_segment_ids_BT,
+                                     kv_segment_ids_BS=inputs.kv_segment_ids_BS, q_offset=inputs.q_offset,
+                                     options=options(self.config, span=span), terms=self._terms(q_BTNH.shape[2]),
+                                     method=inputs.context_method)
         out_BTD = collectives.leave_tensor(dense(out_BTNH, weight(self.o, self.dtype), num_in_dims=2))
         if self.config.bias == "all":
             out_BTD = out_BTD + weight(self.o_bias, self.dtype)[None, None]

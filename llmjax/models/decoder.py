@@ -62,7 +62,7 @@ class Decoder(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, *, positions_BT: jax.Array, segment_ids_BT: jax.Array,
                  cache: Cache | None, noise: Noise | None, execution: Execution) -> Output:
         inputs = block_inputs(self.config, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache,
-                              noise=noise)
+                              noise=noise, context_method=execution.context_method)
         x_BTD = self._embed(tokens_BT, positions_BT, noise)
         caches: dict[str, Any] = {}
         aux: Aux = {}
@@ -101,7 +101,7 @@ class Decoder(nnx.Module):
                    execution: Execution) -> AheadOutput:
         """The further heads, on the hidden states of a forward pass over the batch."""
         inputs = block_inputs(self.config, positions_BT=batch["positions_BT"], segment_ids_BT=batch["segment_ids_BT"],
-                              cache=None, noise=noise)
+                              cache=None, noise=noise, context_method=execution.context_method)
         return run_depths(self.multi_token, hidden_BTD, batch, inputs=inputs, num_depths=self.config.multi_token,
                           embed=lambda tokens_BT: self._embed(tokens_BT, batch["positions_BT"], noise),
                           first_layer=self.config.num_layers + 1, execution=execution)

@@ -25,19 +25,21 @@ class BlockInputs:
     kv_segment_ids_BS: jax.Array
     q_offset: jax.Array | int  # slot of the first query
     noise: Noise | None  # None outside of training
+    context_method: str  # how queries meet the keys of other shards of the sequence
 
 
 jax.tree_util.register_dataclass(
-    BlockInputs, data_fields=["rope", "q_segment_ids_BT", "kv_segment_ids_BS", "q_offset", "noise"], meta_fields=[])
+    BlockInputs, data_fields=["rope", "q_segment_ids_BT", "kv_segment_ids_BS", "q_offset", "noise"],
+    meta_fields=["context_method"])
 
 
 def block_inputs(config: ModelConfig, *, positions_BT: jax.Array, segment_ids_BT: jax.Array, cache: Cache | None,
-                 noise: Noise | None) -> BlockInputs:
+                 noise: Noise | None, context_method: str = "ring") -> BlockInputs:
     """Computed once a forward pass; with a cache, the new tokens' slots follow those that are filled."""
     turns = tables(config, positions_BT, span="global")
     local_turns = tables(config, positions_BT, span="local") if config.attention.local_rope_theta else turns
     rope: dict[Span, RopeTables | None] = {"global": turns, "local": local_turns}
     if cache is None:
-        return BlockInputs(rope, segment_ids_BT, segment_ids_BT, 0, noise)
+        return BlockInputs(rope, segment_ids_BT, segment_ids_BT, 0, noise, context_method)
     kv_segment_ids_BS = lax.dynamic_update_slice_in_dim(cache.segment_ids_BS, segment_ids_BT, cache.length, axis=1)
-    return BlockInputs(rope, segment_ids_BT, kv_segment_ids_BS, cache.length, noise)
+    return BlockInputs(rope, segment_ids_BT, kv_segment_ids_BS, cache.length, noise, context_method)

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from llmjax.core import collectives
 from llmjax.core.sections import Config
+from llmjax.models import pipeline
 
 # (x_BTD, one layer's part of `layers`, what all layers share) -> (x_BTD, what this layer leaves)
 ApplyBlock = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
@@ -38,20 +40,34 @@ class Execution:
 
     remat: str = "none"
     remat_names: tuple[str, ...] = ()
+    context_method: str = "ring"
+    num_microbatches: int = 1  # that pass through the stages
+    rounds: int = 1  # of each of them through all stages
 
 
 def execution_of(config: Config) -> Execution:
     """The execution that a config asks for."""
     names = tuple(name.strip() for name in config.train.remat_names.split(",") if name.strip())
-    return Execution(remat=config.train.remat, remat_names=names)
+    return Execution(config.train.remat, names, config.mesh.context_method, config.train.accumulation,
+                     config.mesh.rounds)
 
 
 def run_layers(blocks: Sequence[ApplyBlock], x_BTD: jax.Array, layers: Any, shared: Any, *,
                execution: Execution) -> tuple[jax.Array, Any]:
     """`x_BTD` through all layers in turn, and what each of them leaves, stacked.
 
-    Leaves of `layers` are (L, ...); `blocks` is the period in which layers differ: layer i is run by blocks[i % P].
+    Leaves of `layers` are (L, ...), or this stage's part of them; `blocks` is the period in which layers differ: layer
+    i is run by blocks[i % P].
     """
+    run = functools.partial(_run_here, blocks, execution=execution)
+    if collectives.manual_size(pipeline.AXIS) == 1:
+        return run(x_BTD, layers, shared)
+    return pipeline.run_stages(run, x_BTD, layers, shared, num_microbatches=execution.num_microbatches,
+                               rounds=execution.rounds)
+
+
+def _run_here(blocks: Sequence[ApplyBlock], x_BTD: jax.Array, layers: Any, shared: Any, *,
+              execution: Execution) -> tuple[jax.Array, Any]:
     bodies = [recomputed(functools.partial(_apply, block, shared), execution) for block in blocks]
     if len(bodies) == 1:
         return lax.scan(bodies[0], x_BTD, layers)
