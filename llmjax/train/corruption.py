@@ -42,7 +42,7 @@ def compare_replicas(params: Params, mesh: Mesh) -> list[Suspect]:
     """Parameters that are not what their replicas are; one pass over the parameters, a few bytes to the host."""
     with jax.set_mesh(mesh):
         sums = np.asarray(_checksums(params))
-    leaves = tree.flatten(params)
+    leaves = _leaves(params)
     grid = sums.reshape(*mesh.devices.shape, len(leaves))
     found = [Suspect("/".join(path), tuple(_outvoted(grid[..., i], leaf.sharding.spec, mesh)))
              for i, (path, leaf) in enumerate(leaves.items())]
@@ -53,11 +53,16 @@ def compare_replicas(params: Params, mesh: Mesh) -> list[Suspect]:
 def _checksums(params: Params) -> jax.Array:
     """(devices, leaves) uint32: a position-weighted sum of the bits of each device's shard."""
     def local(params: Params) -> jax.Array:
-        return jnp.stack([_checksum(leaf) for leaf in tree.flatten(params).values()])[None]
+        return jnp.stack([_checksum(leaf) for leaf in _leaves(params).values()])[None]
 
     sums = jax.shard_map(local, in_specs=(leaf_specs(params),), out_specs=PartitionSpec(MESH_AXES, None),
                          check_vma=False)(params)
     return jax.sharding.reshard(sums, PartitionSpec(None, None))
+
+
+def _leaves(params: Params) -> dict[tuple[str, ...], Any]:
+    """Arrays by path in one order: inside of `jit` a dict has another than outside."""
+    return dict(sorted(tree.flatten(params).items()))
 
 
 def _checksum(shard: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llmjax.core.mesh import make_mesh
+from llmjax.core.mesh import BATCH_AXES, make_mesh
 from llmjax.core.sections import MeshConfig
 from llmjax.core.task import LossOutput
 from llmjax.train import monitors
@@ -106,7 +106,7 @@ class Chip:
 
     def __call__(self, model: Any, params: Any, frozen: Any, batch: Any, key: Any) -> LossOutput:
         loss = jnp.sum(batch["x_BT"] @ params["w"])
-        here = lax.axis_index(("slice", "data", "fsdp", "expert"))
+        here = lax.axis_index(BATCH_AXES)
         return LossOutput(jnp.where(here == self.bad, loss * (1 + 1e-6), loss), jnp.float32(1), {})
 
 
@@ -115,7 +115,7 @@ def test_a_chip_that_computes_something_else_is_named(mesh: Mesh, bad: int) -> N
     rng = np.random.default_rng(0)
     with jax.set_mesh(mesh):
         batch = {"x_BT": jax.device_put(rng.uniform(1, 2, (16, 4)).astype(np.float32),
-                                        NamedSharding(mesh, P(("slice", "data", "fsdp", "expert"), "context")))}
+                                        NamedSharding(mesh, P(BATCH_AXES, "context")))}
         params = {"w": jax.device_put(np.ones(4, np.float32), NamedSharding(mesh, P(None)))}
     found = replay(None, Chip(bad), params, {}, batch, mesh=mesh)
     assert found == (() if bad < 0 else (mesh.devices.flat[bad],))
