@@ -49,9 +49,11 @@ def gated(gate_BTF: jax.Array, up_BTF: jax.Array, activation: str) -> jax.Array:
     return GATED[activation](gate_BTF, up_BTF)
 
 
-@functools.partial(recomputed, static_argnums=1)
-def _activated(up_BTF: jax.Array, activation: str) -> jax.Array:
-    return PLAIN[activation](up_BTF)
+@functools.partial(recomputed, static_argnums=2)
+def _activate_and_project(inputs_BTF: tuple[jax.Array, ...], down_FD: jax.Array, activation: str) -> jax.Array:
+    """activation(inputs) W_down; of the inputs alone the derivative is told, what is between them is made again."""
+    function = GATED.get(activation) or PLAIN[activation]
+    return dense(function(*inputs_BTF), down_FD)
 
 
 class MLP(nnx.Module):
@@ -61,24 +63,21 @@ class MLP(nnx.Module):
         self.activation, self.dtype = config.activation, config.compute_dtype
         D, F, dtype = config.dim, mlp_dim, config.param_dtype
         init, zeros = nnx.initializers.normal(config.init_scale), nnx.initializers.zeros
-        inputs = ("gate", "up") if config.activation in GATED else ("up",)
-        for name in inputs:
+        self.inputs = ("gate", "up") if config.activation in GATED else ("up",)
+        for name in self.inputs:
             setattr(self, name, param(rngs, (D, F), axes=("embed", "mlp"), init=init, dtype=dtype))
         self.down = param(rngs, (F, D), axes=("mlp", "embed"), init=output_init(config), dtype=dtype)
         self.has_bias = config.mlp_bias == "all"
         if self.has_bias:
-            for name in inputs:
+            for name in self.inputs:
                 setattr(self, f"{name}_bias", param(rngs, (F,), axes=("mlp",), init=zeros, dtype=dtype))
             self.down_bias = param(rngs, (D,), axes=("norm",), init=zeros, dtype=dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = collectives.enter_tensor(x_BTD)
-        up_BTF = self._input(x_BTD, "up")
-        if self.activation in GATED:
-            inner_BTF = gated(self._input(x_BTD, "gate"), up_BTF, self.activation)
-        else:
-            inner_BTF = _activated(up_BTF, self.activation)
-        out_BTD = collectives.leave_tensor(dense(inner_BTF, weight(self.down, self.dtype)))
+        inputs_BTF = tuple(self._input(x_BTD, name) for name in self.inputs)
+        out_BTD = _activate_and_project(inputs_BTF, weight(self.down, self.dtype), self.activation)
+        out_BTD = collectives.leave_tensor(out_BTD)
         return out_BTD + weight(self.down_bias, self.dtype)[None, None] if self.has_bias else out_BTD
 
     def _input(self, x_BTD: jax.Array, name: str) -> jax.Array:
