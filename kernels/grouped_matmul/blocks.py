@@ -32,12 +32,16 @@ def _layout(group_sizes_E: jax.Array, *, num_rows: int) -> _Layout:
     num_blocks = -(-num_rows // BLOCK) + num_groups
     blocks_E = -(-group_sizes_E // BLOCK)
     last_block_E, end_E = jnp.cumsum(blocks_E), jnp.cumsum(group_sizes_E)
-    group_N = jnp.minimum(jnp.searchsorted(last_block_E, jnp.arange(num_blocks), side="right"), num_groups - 1)
     row_T = jnp.arange(num_rows)
-    group_T = jnp.minimum(jnp.searchsorted(end_E, row_T, side="right"), num_groups - 1)
+    group_N, group_T = _group_of(jnp.arange(num_blocks), last_block_E), _group_of(row_T, end_E)
     shift_E = (last_block_E - blocks_E) * BLOCK - (end_E - group_sizes_E)
     slot_T = jnp.where(row_T < end_E[-1], row_T + shift_E[group_T], num_blocks * BLOCK)
     return _Layout(slot_T, group_N)
+
+
+def _group_of(place_T: jax.Array, end_E: jax.Array) -> jax.Array:
+    """The group that each place falls into, the last one beyond them all."""
+    return jnp.minimum(jnp.sum(place_T[:, None] >= end_E[None], axis=1), end_E.shape[0] - 1)
 
 
 def _to_blocks(x_TI: jax.Array, layout: _Layout) -> jax.Array:

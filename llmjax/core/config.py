@@ -38,7 +38,7 @@ AT_LEAST: dict[str, float] = {
     "optim.learning_rate": 0, "optim.adam_learning_rate": 0, "optim.warmup_steps": 0, "optim.decay_fraction": 0,
     "optim.end_fraction": 0, "optim.b1": 0, "optim.b2": 0, "optim.eps": 0, "optim.weight_decay": 0,
     "optim.clip_norm": 0, "optim.muon_momentum": 0,
-    "task.beta": 0, "task.z_loss": 0,
+    "task.beta": 0, "task.z_loss": 0, "task.multi_token": 0,
     "train.steps": 1, "train.accumulation": 1, "train.log_every": 1, "mesh.rounds": 1,
     "checkpoint.every": 1, "checkpoint.keep": 1,
     "guard.spike_factor": 1, "guard.window": 1, "guard.warmup": 1, "guard.patience": 1, "guard.max_rollbacks": 0,

@@ -20,12 +20,14 @@ class LossOutput:
     loss_sum: jax.Array  # ()
     weight: jax.Array  # () real tokens (or pairs) behind the sum
     metrics: dict[str, jax.Array]  # further sums, reported divided by `weight`
+    loads: Params = dataclasses.field(default_factory=dict)  # by its path, what moves state that no gradient trains
 
 
-jax.tree_util.register_dataclass(LossOutput, data_fields=["loss_sum", "weight", "metrics"], meta_fields=[])
+jax.tree_util.register_dataclass(LossOutput, data_fields=["loss_sum", "weight", "metrics", "loads"], meta_fields=[])
 
-# loss(model, params, frozen, batch, key) -> LossOutput, on one device's share of a microbatch, inside shard_map
-LossFn = Callable[[Any, Params, Params, Mapping[str, jax.Array], jax.Array], LossOutput]
+# loss(model, params, frozen, batch, key) -> LossOutput, on one device's share of a microbatch, inside shard_map;
+# without a key: evaluation
+LossFn = Callable[[Any, Params, Params, Mapping[str, jax.Array], jax.Array | None], LossOutput]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from llmjax.core import axes as axes_lib
 from llmjax.core import collectives
 from llmjax.core.model_sections import ModelConfig, Span
 from llmjax.core.task import Params
+from llmjax.models.auxiliary import moved
 from llmjax.models.block import Aux, Block, Layer, LayerOutput
 from llmjax.models.cache import Cache
 from llmjax.models.groups import LayerGroup, layer_groups
@@ -143,6 +144,10 @@ def abstract_model(config: ModelConfig) -> Model:
     """Declare the model without allocating anything."""
     module = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
     graphdef, state = nnx.split(module)
+    def moved(self, params: Params, loads: Params) -> Params:
+        """Parameters whose untrained state has been moved by the loads of a step."""
+        return moved(self.config, params, loads) if loads else params
+
     return Model(config, graphdef, axes=logical_axes(module), shapes=nnx.to_pure_dict(state))
 
 

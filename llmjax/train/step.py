@@ -62,7 +62,8 @@ def make_train_step(model: Any, loss: LossFn, optimizer: optax.GradientTransform
         params = place(state.params, placement and placement.optimizer)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         updates = jax.tree.map(lambda update: update * state.guard.rate_scale.astype(update.dtype), updates)
-        stepped = (place(optax.apply_updates(params, updates), placement and placement.params), opt_state)
+        moved = model.moved(optax.apply_updates(params, updates), out.loads)
+        stepped = (place(moved, placement and placement.params), opt_state)
         params, opt_state = keep_if(verdict.accept, stepped, (state.params, state.opt_state))
         # The optimiser counts accepted steps, and so its schedule does.
         rate = jnp.asarray(settings.schedule(state.guard.accepted), jnp.float32) * state.guard.rate_scale
@@ -80,7 +81,7 @@ def make_eval_step(model: Any, loss: LossFn) -> Callable[[Params, Params, Mappin
     """(params, frozen, batch) -> LossOutput summed over the batch, without gradients."""
     def eval_step(params: Params, frozen: Params, batch: Mapping[str, jax.Array]) -> LossOutput:
         def local(params: Params, frozen: Params, batch: Mapping[str, jax.Array]) -> LossOutput:
-            out = loss(model, params, frozen, batch, jax.random.key(0))
+            out = loss(model, params, frozen, batch, None)
             return sum_shares(out)
 
         return jax.shard_map(local, in_specs=(leaf_specs(params), leaf_specs(frozen), batch_specs(batch)),
