@@ -54,25 +54,28 @@ class PackedRows:
         names = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT")
         batch = {name: np.zeros(shape, np.int32) for name in names}
         batch["weights_BT"] = np.zeros(shape, np.float32)
-        for place, row in enumerate(rows):
+        for place, row in enumerate(rows.tolist()):
             segments = slice(plan.row_starts[row], plan.row_starts[row + 1])
-            at = 0
-            for number, (document, start, length) in enumerate(zip(
-                    plan.documents[segments].tolist(), plan.starts[segments].tolist(),
-                    plan.lengths[segments].tolist(), strict=True), start=1):
-                self._fill(batch, (place, slice(at, at + length)), number, document, start)
-                at += length
+            lengths = plan.lengths[segments]
+            ends = np.cumsum(lengths)
+            self._fill(batch, place, plan.documents[segments].tolist(), plan.starts[segments].tolist(), ends.tolist())
+            batch["segment_ids_BT"][place, :ends[-1]] = np.repeat(np.arange(1, len(ends) + 1), lengths)
+            batch["positions_BT"][place, :ends[-1]] = self._positions[:ends[-1]] - np.repeat(ends - lengths, lengths)
         return batch
 
-    def _fill(self, batch: Batch, place: tuple[int, slice], number: int, document: int, start: int) -> None:
-        """Write one segment; slices are plain copies, several times faster than one gather over the whole batch."""
-        stop = start + place[1].stop - place[1].start
-        tokens = self.store.tokens(document, start, stop + 1)  # the last one is only a target
-        batch["tokens_BT"][place] = tokens[:-1]
-        batch["targets_BT"][place] = tokens[1:]
-        batch["positions_BT"][place] = self._positions[:len(tokens) - 1]
-        batch["segment_ids_BT"][place] = number
-        batch["weights_BT"][place] = self.store.mask(document, start + 1, stop + 1) if self.store.has_mask else 1
+    def _fill(self, batch: Batch, row: int, documents: list[int], starts: list[int], ends: list[int]) -> None:
+        """Write what the store holds into a row; slices are plain copies, several times faster than one gather."""
+        begin = 0
+        for document, start, end in zip(documents, starts, ends, strict=True):
+            stop = start + end - begin
+            tokens = self.store.tokens(document, start, stop + 1)  # the last one is only a target
+            batch["tokens_BT"][row, begin:end] = tokens[:-1]
+            batch["targets_BT"][row, begin:end] = tokens[1:]
+            if self.store.has_mask:
+                batch["weights_BT"][row, begin:end] = self.store.mask(document, start + 1, stop + 1)
+            begin = end
+        if not self.store.has_mask:
+            batch["weights_BT"][row, :begin] = 1
 
 
 @dataclasses.dataclass(frozen=True)

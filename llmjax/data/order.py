@@ -11,16 +11,25 @@ import functools
 import numpy as np
 
 ROUNDS = 6  # 4 suffice for a large domain; small ones want more
+BLOCK = 1024  # places worked out together: batches are small, and numpy likes long arrays
 
 
 def rows_at(places: np.ndarray, num_rows: int, *, seed: int, first_epoch: int = 0) -> np.ndarray:
     """Row numbers at these places of the endless order, both (P,) int64; place 0 opens epoch `first_epoch`."""
-    epochs, indices = np.divmod(places, num_rows)
+    blocks, offsets = np.divmod(places, BLOCK)
     rows = np.empty(len(places), np.int64)
-    for epoch in np.unique(epochs).tolist():
-        here = epochs == epoch
-        rows[here] = permute(indices[here], num_rows, keys=_epoch_keys(seed, first_epoch + epoch))
+    for block in np.unique(blocks).tolist():
+        here = blocks == block
+        rows[here] = _block(block, num_rows, seed, first_epoch)[offsets[here]]
     return rows
+
+
+@functools.lru_cache(maxsize=64)
+def _block(number: int, num_rows: int, seed: int, first_epoch: int) -> np.ndarray:
+    """Rows at places [number * BLOCK, (number + 1) * BLOCK)."""
+    epochs, indices = np.divmod(number * BLOCK + np.arange(BLOCK), num_rows)
+    return np.concatenate([permute(indices[epochs == epoch], num_rows, keys=_epoch_keys(seed, first_epoch + epoch))
+                           for epoch in range(epochs[0], epochs[-1] + 1)])
 
 
 def permute(indices: np.ndarray, size: int, *, keys: np.ndarray) -> np.ndarray:
