@@ -70,25 +70,21 @@ def llmjax_step(precision: str, sizes: dict[str, int]) -> Callable[[], float]:
     import numpy as np
 
     from llmjax.core.mesh import make_mesh
-    from llmjax.core.sections import MeshConfig, ModelConfig, OptimConfig, TaskConfig
+    from llmjax.core.sections import Config, MeshConfig, ModelConfig, OptimConfig
     from llmjax.models.decoder import abstract_model, init_params
-    from llmjax.optim.build import build_optimizer
-    from llmjax.optim.schedule import make_schedule
     from llmjax.train.batch import put_batch
+    from llmjax.train.build import build_training
     from llmjax.train.pretrain import make_loss
-    from llmjax.train.state import init_state
-    from llmjax.train.step import StepSettings, make_train_step
 
-    config = ModelConfig(vocab_size=VOCAB, num_layers=LAYERS, dim=WIDTH, num_heads=HEADS, num_kv_heads=HEADS,
-                         head_dim=HEAD_DIM, mlp_dim=MLP, embeddings="untied", compute_dtype=precision)
-    optim = OptimConfig(learning_rate=3e-5, schedule="constant", warmup_steps=0)
-    mesh, model = make_mesh(MeshConfig(**sizes)), abstract_model(config)
-    optimizer = build_optimizer(optim, steps=1000, axes=model.axes)
-    settings = StepSettings(1, clip_norm=1.0, seed=0, schedule=make_schedule(optim, steps=1000))
-    train_step = jax.jit(make_train_step(model, make_loss(TaskConfig()), optimizer, settings=settings),
-                         donate_argnums=0)
+    config = Config(
+        model=ModelConfig(vocab_size=VOCAB, num_layers=LAYERS, dim=WIDTH, num_heads=HEADS, num_kv_heads=HEADS,
+                          head_dim=HEAD_DIM, mlp_dim=MLP, embeddings="untied", compute_dtype=precision),
+        optim=OptimConfig(learning_rate=3e-5, schedule="constant", warmup_steps=0), mesh=MeshConfig(**sizes))
+    mesh, model = make_mesh(config.mesh), abstract_model(config.model)
+    training = build_training(config, model, make_loss(config.task))
+    train_step = jax.jit(training.step, donate_argnums=0)
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda params: init_state(params, optimizer))(init_params(config, jax.random.key(0), mesh))
+        state = jax.jit(training.init)(init_params(config.model, jax.random.key(0), mesh))
     rng = np.random.default_rng(0)
     shape = (BATCH, SEQ_LEN)
     same = {"positions_BT": np.broadcast_to(np.arange(SEQ_LEN, dtype=np.int32), shape).copy(),
