@@ -54,6 +54,7 @@ VERBS = {
     "plan": Verb("llmjax.verbs.plan", "compile for a TPU pod without one: memory, compute, communication"),
     "fit": Verb("llmjax.verbs.fit", "scaling laws from a folder of runs"),
     "scout": Verb("llmjax.verbs.scout", "a ladder of small runs and the loss it predicts"),
+    "check": Verb("llmjax.verbs.check", "the invariance matrix: the same numbers on every mesh of some devices"),
     "sweep": Verb("llmjax.verbs.sweep", "a grid over config fields"),
     "doctor": Verb("llmjax.verbs.doctor", "what this machine has and lacks"),
 }

@@ -1,0 +1,145 @@
+"""The invariance matrix: a few steps of a config on one device and on every legal mesh, compared by raw gradients.
+
+Parameters after Adam hide a gradient that is off by a factor; so do losses, for a few steps. Each mesh therefore also
+gets the gradients of the first batch compared, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmjax.check import state_bytes
+from llmjax.check.meshes import legal_meshes, name_of
+from llmjax.core import tree
+from llmjax.core.mesh import make_mesh
+from llmjax.core.sections import Config, MeshConfig
+from llmjax.core.task import Batch
+from llmjax.models.decoder import abstract_model, init_params
+from llmjax.models.stack import execution_of
+from llmjax.train.batch import put_batch
+from llmjax.train.build import Training, build_training
+from llmjax.train.gradients import make_loss_and_grad
+from llmjax.train.pretrain import make_loss
+
+LOSS_TOLERANCE = 1e-5  # relative, of every step's loss
+GRADIENT_TOLERANCE = 1e-4  # largest difference over largest value of each tensor, and of the norm
+
+Progress = Callable[[str, float], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One mesh against one device."""
+
+    mesh: str
+    loss_difference: float
+    norm_difference: float
+    gradient_difference: float
+    worst_parameter: str
+    device_bytes: int
+    formula_bytes: int
+    seconds: float
+
+    @property
+    def passes(self) -> bool:
+        """Whether all differences are within tolerance and the bytes are the formula's."""
+        return (self.loss_difference <= LOSS_TOLERANCE and self.device_bytes == self.formula_bytes
+                and max(self.norm_difference, self.gradient_difference) <= GRADIENT_TOLERANCE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a mesh gives."""
+
+    losses: np.ndarray  # of each step
+    norm: float  # of the first step's gradient
+    gradients: dict[tuple[str, ...], np.ndarray]
+    device_bytes: int
+    formula_bytes: int
+
+
+def check(config: Config, devices: list[jax.Device], *, steps: int, budget_seconds: float,
+          progress: Progress) -> Iterator[Row]:
+    """Rows for all legal meshes of `devices`, as long as the budget lasts.
+
+    The config is run as it is but in float32, in which alone meshes can be told apart from rounding.
+    """
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
+    meshes = legal_meshes(config, devices)
+    batches = [synthetic_batch(config, seed=step) for step in range(steps)]
+    begin = time.monotonic()
+    progress("one device", 0.0)
+    wanted = measure(config, MeshConfig(data=1), devices[:1], batches)
+    for number, mesh in enumerate(meshes, start=1):
+        if time.monotonic() - begin > budget_seconds:
+            return
+        progress(name_of(mesh), number / (len(meshes) + 1))
+        started = time.monotonic()
+        found = measure(config, mesh, devices, batches)
+        yield compare(found, wanted, mesh=name_of(mesh), seconds=time.monotonic() - started)
+
+
+def measure(config: Config, mesh_config: MeshConfig, devices: list[jax.Device], batches: list[Batch]) -> Measured:
+    """The losses of some steps, and the gradients of the first batch."""
+    config = dataclasses.replace(config, mesh=mesh_config)
+    model, mesh = abstract_model(config.model), make_mesh(mesh_config, devices)
+    loss = make_loss(config.task, execution=execution_of(config))
+    training = build_training(config, model, loss)
+    with jax.set_mesh(mesh):
+        params = init_params(config.model, jax.random.key(config.train.seed), mesh)
+        state = jax.jit(training.init)(params)
+        gradients = jax.jit(make_loss_and_grad(model, loss, num_microbatches=config.train.accumulation,
+                                               gradient_specs=training.placement.gradients))
+        key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
+        out, grads = gradients(state.params, {}, put_batch(batches[0], mesh), key)
+        held = state_bytes.measured((state.params, grads, _moments(state.opt_state, state.params)))
+        whole = {path: np.asarray(leaf) / float(out.weight) for path, leaf in tree.flatten(grads).items()}
+        del grads
+        losses, norm = _losses(training, state, batches, mesh)
+    wanted = state_bytes.formula(model, mesh, shard=config.mesh.shard).total
+    return Measured(losses, norm, whole, held, wanted)
+
+
+def _losses(training: Training, state: Any, batches: list[Batch], mesh: jax.sharding.Mesh) -> tuple[np.ndarray, float]:
+    step = jax.jit(training.step, donate_argnums=0)
+    metrics = []
+    for batch in batches:
+        state, one = step(state, {}, put_batch(batch, mesh))
+        metrics.append((float(one["loss"]), float(one["grad_norm"])))
+    return np.array([loss for loss, _ in metrics]), metrics[0][1]
+
+
+def _moments(opt_state: Any, params: Any) -> list[jax.Array]:
+    """The parts of the optimiser's state that are as large as the parameters."""
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+    return [leaf for leaf in jax.tree.leaves(opt_state) if leaf.shape in shapes]
+
+
+def compare(found: Measured, wanted: Measured, *, mesh: str, seconds: float) -> Row:
+    """The differences, relative to what one device gives."""
+    worst = {"/".join(path): float(np.abs(found.gradients[path] - leaf).max() / max(np.abs(leaf).max(), 1e-30))
+             for path, leaf in wanted.gradients.items()}
+    name = max(worst, key=lambda path: worst[path])
+    return Row(mesh, float(np.max(np.abs(found.losses / wanted.losses - 1))), abs(found.norm / wanted.norm - 1),
+               worst[name], name, found.device_bytes, found.formula_bytes, seconds)
+
+
+def synthetic_batch(config: Config, *, seed: int) -> Batch:
+    """Random tokens in packed rows: documents of many lengths, padding at the end of rows."""
+    rng = np.random.default_rng(seed)
+    shape = B, T = config.data.batch_size, config.data.seq_len
+    starts = rng.random(shape) < 4 / T
+    starts[:, 0] = True
+    segment_ids = np.cumsum(starts, axis=1)
+    first = np.maximum.accumulate(np.where(starts, np.arange(T), 0), axis=1)
+    real = np.arange(T) < rng.integers(T // 2, T + 1, (B, 1))
+    tokens = rng.integers(0, config.model.vocab_size, (B, T + 1))
+    return {"tokens_BT": tokens[:, :-1].astype(np.int32), "targets_BT": tokens[:, 1:].astype(np.int32),
+            "positions_BT": (np.arange(T) - first).astype(np.int32), "weights_BT": real.astype(np.float32),
+            "segment_ids_BT": np.where(real, segment_ids, 0).astype(np.int32)}
