@@ -51,7 +51,7 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
 
     Raises ConfigError where config and slice do not fit together, RunError where the step does not fit the chips.
     """
-    _check(config)
+    check_plannable(config)
     mesh = make_mesh(config.mesh, topology.devices)
     check_fits(config, mesh)
     begin = time.perf_counter()
@@ -102,7 +102,8 @@ def hbm_bytes(compiled: CompiledStep, topology: Topology) -> HbmBytes:
     )
 
 
-def _check(config: Config) -> None:
+def check_plannable(config: Config) -> None:
+    """Raise ConfigError for a config whose step cannot be compiled from shapes alone."""
     if config.task.name != "pretrain":
         raise ConfigError(f"task.name={config.task.name!r}: plan compiles the step of 'pretrain'")
     if not config.model.vocab_size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -203,3 +203,15 @@ def describe(plan: Plan) -> str:
     lines.append("unknown: input, host and stragglers; nothing was measured on a chip")
     lines.append(f"compiled in {plan.compile_seconds:.0f} s")
     return "\n".join(lines)
+
+
+def compare(plans: Sequence[Plan]) -> str:
+    """The same run on several slices, side by side."""
+    rows = [f"{'topology':14} {'chips':>6} {'GiB/chip':>9} {'step s':>8} {'MFU':>6} {'tokens/s':>11} {'days':>7} "
+            f"{'dollars':>12} {'kg CO2eq':>19}"]
+    for plan in plans:
+        hbm, carbon = plan.hbm_bytes_per_chip, plan.carbon.kg_co2eq
+        rows.append(f"{plan.topology:14} {plan.chips:6} {hbm.total / GIB:9.1f} {plan.step_seconds:8.3f} "
+                    f"{plan.estimated_mfu:6.1%} {plan.tokens_per_second:11,.0f} {plan.failures.days:7.1f} "
+                    f"{plan.cost.dollars:12,.0f} {f'{carbon.low:,.0f} to {carbon.high:,.0f}':>19}")
+    return "\n".join(rows)

@@ -57,6 +57,11 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     return chip, dims
 
 
+def closes(chip: Chip, dims: tuple[int, ...]) -> bool:
+    """Whether the axes of a slice close into rings."""
+    return all(size % chip.wrap_multiple == 0 for size in dims)
+
+
 def load(name: str) -> Topology:
     """The topology `name`, described by libtpu; raises RunError where libtpu is missing or refuses it."""
     chip, dims = parse(name)
@@ -66,7 +71,7 @@ def load(name: str) -> Topology:
     from jax.experimental import topologies
 
     hosts = tuple(min(size, bound) for size, bound in zip((*dims, 1)[:3], (2, 2, 1), strict=True))
-    wraps = all(size % chip.wrap_multiple == 0 for size in dims)
+    wraps = closes(chip, dims)
     try:
         description = topologies.get_topology_desc(
             topology_name=name,

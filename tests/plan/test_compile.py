@@ -30,9 +30,10 @@ def get_config():
 '''
 
 
-def plan(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def plan(config: Path, *arguments: str, workdir: Path | None = None) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: libtpu reads its environment when it loads."""
-    command = [sys.executable, "-m", "llmjax.cli", "plan", f"--config={config}", *arguments]
+    workdir = workdir or config.parent / "run"
+    command = [sys.executable, "-m", "llmjax.cli", "plan", f"--config={config}", f"--workdir={workdir}", *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
@@ -88,7 +89,7 @@ def test_wrong_use_is_one_line(tiny: Path, arguments: list[str], says: str) -> N
 @pytest.mark.slow
 def test_llama3_8b_compiles_for_64_chips_of_v5p(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    done = plan(ROOT / "configs" / "llama3_8b.py", "--topology=v5p:4x4x4", f"--json={out}")
+    done = plan(ROOT / "configs" / "llama3_8b.py", "--topology=v5p:4x4x4", f"--json={out}", workdir=tmp_path)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     result = json.loads(out.read_text())

@@ -15,9 +15,9 @@ THETA = (np.log(1.8172), np.log(482.01), np.log(2085.43), 0.3478, 0.3658)
 TARGET = '''
 def get_config():
     return {
-        "model": {"vocab_size": 300, "num_layers": 2, "dim": 48, "num_heads": 3, "num_kv_heads": 3, "head_dim": 16,
+        "model": {"vocab_size": 512, "num_layers": 2, "dim": 48, "num_heads": 3, "num_kv_heads": 3, "head_dim": 16,
                   "mlp_dim": 128, "compute_dtype": "float32", "embeddings": "tied"},
-        "tokenizer": {"vocab_size": 300},
+        "tokenizer": {"vocab_size": 512},
         "data": {"seq_len": 64, "batch_size": 8},
         "optim": {"learning_rate": 0.003, "warmup_steps": 20},
         "train": {"steps": 400},
