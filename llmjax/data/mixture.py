@@ -97,7 +97,7 @@ class Mixture:
         self._pieces: list[Piece] = []
         nothing = np.zeros(len(weights), np.int64)
         for place, now in [(0, weights), *changes]:
-            taken = self.taken(place) if place else nothing
+            taken = self._taken(place) if place else nothing
             kept = [piece for piece in self._pieces if piece.first < place]
             self._pieces = [*kept, *self._from(place, taken, np.asarray(now, np.float64))]
 
@@ -107,7 +107,7 @@ class Mixture:
         if place > piece.first and not piece.shares.any():
             raise RunError(f"every source has reached its cap of epochs after {piece.first:,} rows: raise the caps in "
                            "the mixture, add sources, or train for fewer steps")
-        return piece.taken + rows_taken(piece.shares, np.array([place - piece.first]))[0]
+        return self._taken(place)
 
     def draw(self, places: range) -> Draw:
         """Sources and their rows at consecutive places; raises RunError past the end of capped sources."""
@@ -115,6 +115,12 @@ class Mixture:
         parts = [self._draw(piece, range(max(places.start, piece.first), min(places.stop, end)))
                  for piece, end in self._stretches(places)]
         return Draw(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("sources", "indices")))
+
+    def _taken(self, place: int) -> np.ndarray:
+        """(S,) rows before `place`; where nothing is left to read, nothing is taken."""
+        piece = self._pieces[self._piece_at(place)]
+        length = place - piece.first if piece.shares.any() else 0
+        return piece.taken + rows_taken(piece.shares, np.array([length]))[0]
 
     def _draw(self, piece: Piece, places: range) -> Draw:
         counts = rows_taken(piece.shares, np.arange(places.start, places.stop + 1) - piece.first)
