@@ -175,6 +175,15 @@ def test_a_loss_that_is_not_finite(llmjax: Command, data: Path, workdir: Path) -
     assert code == 0, line
 
 
+def test_a_finished_run_is_not_taken_for_another(llmjax: Command, data: Path, workdir: Path) -> None:
+    before = fingerprint(workdir)
+    same = FIELDS | {"data.path": data}
+    code, line = llmjax("train", *words(same | {"optim.learning_rate": 0.5}), f"--workdir={workdir}")
+    assert code == 2 and "has finished with optim.learning_rate=" in line and "not 0.5" in line
+    assert llmjax("train", *words(same), f"--workdir={workdir}")[0] == 0
+    assert fingerprint(workdir) == before
+
+
 def test_a_full_disk(llmjax: Command, data: Path, workdir: Path) -> None:
     """A limit on the size of a file stands for the disk: it fails the write of the next checkpoint."""
     before = fingerprint(workdir)

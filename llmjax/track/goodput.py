@@ -57,13 +57,13 @@ class Goodput:
         self._furthest = max(step, self._furthest)
 
     def save(self) -> None:
-        """Bring the account to disk; the loop does now and then, and at its end."""
+        """Bring the account to disk; one process of a run does."""
+        import jax
+
+        if jax.process_index():
+            return
         write_json(self._path, {"seconds": {kind: round(value, 3) for kind, value in self.seconds.items()},
                                 "furthest_step": self._furthest, "lives": self._lives, "seen": self._clock()})
-
-    def line(self) -> str:
-        """The account in one line for the logbook."""
-        return describe(self.seconds)
 
     def _charge(self, kind: str) -> None:
         now = self._clock()
@@ -76,6 +76,13 @@ def describe(seconds: dict[str, float]) -> str:
     total = sum(seconds.values()) or 1.0
     shares = ", ".join(f"{kind} {value / total:.1%}" for kind, value in seconds.items() if value / total >= 5e-4)
     return f"goodput {seconds['steps'] / total:.1%} of {total:,.0f} s: {shares}"
+
+
+def rows(workdir: Path) -> list[tuple[str, str]]:
+    """The account as label and value, for the report."""
+    seconds = read(workdir)
+    total = sum(seconds.values())
+    return [(kind, f"{value:,.1f} s, {value / total:.1%}") for kind, value in seconds.items() if value]
 
 
 def read(workdir: Path) -> dict[str, float]:

@@ -6,7 +6,7 @@ import base64
 from pathlib import Path
 
 from llmjax.core.files import write_atomic
-from llmjax.track import cards, plots
+from llmjax.track import cards, goodput, plots
 from llmjax.track.progress import duration
 from llmjax.track.run import Facts, short
 
@@ -144,4 +144,5 @@ def _sections(facts: Facts) -> list[tuple[str, list[tuple[str, str]]]]:
     energy = [("energy", f"{used.kwh * 1000:.3g} Wh"), ("carbon", f"{used.kg_co2eq * 1000:.3g} g CO2eq"),
               ("measured", duration(used.seconds)), ("method", used.method)] if used else []
     return [("Results", results), ("Model", cards.model_rows(facts)), ("Training", cards.training_rows(facts)),
-            ("Energy and carbon", energy), ("Provenance", cards.lineage_rows(facts))]
+            ("Where the time went", goodput.rows(facts.workdir)), ("Energy and carbon", energy),
+            ("Provenance", cards.lineage_rows(facts))]

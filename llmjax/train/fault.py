@@ -37,6 +37,17 @@ def restart_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+@contextlib.contextmanager
+def restart_when_a_peer_is_lost() -> Iterator[None]:
+    """A collective that fails because another process is gone asks for a restart of this one too."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise RestartRequested(f"another process was lost: {' '.join(str(error).split())[:200]}") from error
+
+
 class StopSignals:
     """Within it, SIGTERM and the first Ctrl-C only set `received`; a second Ctrl-C interrupts at once."""
 

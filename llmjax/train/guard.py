@@ -42,6 +42,7 @@ class Guard:
         self._last = 0
         self._best_eval, self._loss_at_best, self._num_rises = math.inf, math.inf, 0
         self.early_stop = ""  # why the run should end before its last step
+        self.num_rollbacks = 0  # in this life of the process: who starts it again has changed something
 
     @property
     def healthy(self) -> bool:
@@ -91,6 +92,7 @@ class Guard:
 
     def forget(self) -> None:
         """Start over after a roll-back; what is typical of the loss is still known."""
+        self.num_rollbacks += 1
         self._bad.clear()
         self._plateau.clear()
         self.early_stop = ""

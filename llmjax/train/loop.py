@@ -30,7 +30,7 @@ from llmjax.train.batch import put_batch
 from llmjax.train.build import build_training
 from llmjax.train.checkpoint import Checkpointer, Meta, check_meta
 from llmjax.train.checkup import Checkup
-from llmjax.train.fault import StopSignals
+from llmjax.train.fault import StopSignals, restart_when_a_peer_is_lost
 from llmjax.train.guard import Guard, Trouble
 from llmjax.train.reporter import Profiler, Reporter
 from llmjax.train.state import TrainState
@@ -99,7 +99,7 @@ def fit(run: Run, state: TrainState, *, writer: Writer, progress: ProgressLine) 
                       goodput=goodput)
     checkup = Checkup(run.config.guard, run.model, run.task, run.mesh, say=say)
     watchdog = Watchdog(run.config.guard.hang_seconds, workdir=run.workdir, say=functools.partial(say, "stop"))
-    with (jax.set_mesh(run.mesh), StopSignals() as signals, watchdog, goodput,
+    with (restart_when_a_peer_is_lost(), jax.set_mesh(run.mesh), StopSignals() as signals, watchdog, goodput,
           Profiler(run.config.train.profile, run.workdir / "profile") as profiler):
         batches = run.task.batches(start_step=first)
         while step < run.last_step and not guard.early_stop:
@@ -125,10 +125,11 @@ def fit(run: Run, state: TrainState, *, writer: Writer, progress: ProgressLine) 
                 if guard.healthy:
                     with goodput.spend("checkpoint"):
                         run.checkpointer.save(step, state, {**run.meta, "step": step})
+                    goodput.save()
             if stop:
                 _stop(run, step, stop)
             if trouble := guard.trouble or (guard.unsettled() if last else None):
-                state = _roll_back(run, state, trouble, say=say)
+                state = _roll_back(run, state, trouble, tried=guard.num_rollbacks, say=say)
                 step = int(state.step)
                 batches = run.task.batches(start_step=step)
                 report.drop()
@@ -182,9 +183,11 @@ def _still_good(run: Run, state: TrainState, guard: Guard) -> bool:
     return loss <= guard.typical_loss + run.config.guard.loss_rise
 
 
-def _roll_back(run: Run, state: TrainState, trouble: Trouble, *, say: Callable[[Event, str], None]) -> TrainState:
+def _roll_back(run: Run, state: TrainState, trouble: Trouble, *, tried: int,
+               say: Callable[[Event, str], None]) -> TrainState:
     """The state of the last good checkpoint, at a lower rate; RunError when there is none or it was tried enough."""
-    chosen = rollback.decide(trouble, run.config.guard, workdir=run.workdir, checkpointer=run.checkpointer)
+    chosen = rollback.decide(trouble, run.config.guard, tried=tried, workdir=run.workdir,
+                             checkpointer=run.checkpointer)
     for leaf in jax.tree.leaves(state):
         leaf.delete()  # room for the one that replaces it
     rollback.record(chosen, workdir=run.workdir, checkpointer=run.checkpointer)

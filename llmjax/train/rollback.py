@@ -36,15 +36,15 @@ class RollBack:
                 f"to {last:,}, at {self.rate_scale:.0%} of the learning rate")
 
 
-def decide(trouble: Trouble, config: GuardConfig, *, workdir: Path, checkpointer: Checkpointer) -> RollBack:
-    """Where to go back to; RunError when there is no checkpoint to trust or guard.max_rollbacks are used up."""
+def decide(trouble: Trouble, config: GuardConfig, *, tried: int, workdir: Path, checkpointer: Checkpointer) -> RollBack:
+    """Where to go back to; RunError when there is no checkpoint, or `tried` has reached guard.max_rollbacks."""
     checkpointer.wait()
     saved = checkpointer.steps()
     before = earlier(workdir)
-    if not saved or len(before) >= config.max_rollbacks:
+    if not saved or tried >= config.max_rollbacks:
         kept = f"the checkpoint of step {saved[-1]:,} is untouched" if saved else "nothing was saved yet"
-        tried = f"{len(before)} roll-backs did not help, " if before else ""
-        raise RunError(f"{trouble.text}, {tried}{kept}: lower optim.learning_rate")
+        in_vain = f"{tried} roll-backs did not help, " if tried else ""
+        raise RunError(f"{trouble.text}, {in_vain}{kept}: lower optim.learning_rate")
     # A checkpoint that no good step has followed may hold the damage already.
     trusted = [step for step in saved if step < trouble.first - 1] or saved[:1]
     first = max(trusted[-1] + 1, trouble.first - config.patience)

@@ -23,6 +23,7 @@ from llmjax.models import flops
 from llmjax.models.decoder import Model
 from llmjax.serve.engine import Engine
 from llmjax.serve.sampling import SamplingParams
+from llmjax.track import goodput
 from llmjax.track.carbon import CarbonMeter
 from llmjax.track.cards import FILE as CARD
 from llmjax.track.lineage import trace
@@ -77,7 +78,8 @@ class Session:
         finally:
             progress.close()
             writer.close()
-        self._enter("end", f"step {int(state.step):,} after {time.monotonic() - began:.0f} s of this process")
+        self._enter("end", f"step {int(state.step):,} after {time.monotonic() - began:.0f} s of this process; "
+                           f"{goodput.describe(goodput.read(self._workdir))}")
         return state
 
     def describe(self, run: loop.Run, state: TrainState, tokenizer: Tokenizer) -> None:

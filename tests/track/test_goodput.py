@@ -38,4 +38,5 @@ def test_two_lives_add_up(tmp_path: Path) -> None:
     assert goodput.read(tmp_path) == {
         "steps": 6.5, "input": 1.5, "checkpoint": 4.0, "recompute": 2.0, "restart": 35.0, "idle": 100.0}  # fmt: skip
     assert sum(goodput.read(tmp_path).values()) == clock.now - 990.0
-    assert second.line().startswith("goodput 4.4% of 149 s: steps 4.4%, input 1.0%")
+    assert goodput.describe(second.seconds).startswith("goodput 4.4% of 149 s: steps 4.4%, input 1.0%")
+    assert ("steps", "6.5 s, 4.4%") in goodput.rows(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import psutil
 import pytest
 
 from llmjax.core.sections import DataConfig, TokenizerConfig
@@ -21,7 +23,9 @@ from llmjax.data.build import build
 from llmjax.serve.load import load_workdir
 from llmjax.track.metrics import read_metrics
 
+ROOT = Path(__file__).parents[2]
 STEPS = 120
+KILLS = int(os.environ.get("LLMJAX_KILLS", "6"))  # of the run over two processes; .ci/full asks for 50
 FIELDS = {
     "data.seq_len": 32, "data.batch_size": 4, "model.num_layers": 1, "model.dim": 16, "model.num_heads": 2,
     "model.num_kv_heads": 1, "model.head_dim": 8, "model.mlp_dim": 32, "train.steps": STEPS, "train.log_every": 1,
@@ -44,12 +48,15 @@ class Place:
     folder: Path
     env: dict[str, str]
 
-    def start(self, workdir: Path) -> subprocess.Popen[str]:
+    def command(self, workdir: Path) -> list[str]:
         """`llmjax train` of the quickstart's recipe, shrunk."""
         overrides = [f"--config.{name}={value}" for name, value in (FIELDS | {"data.path": self.data}).items()]
-        root = Path(__file__).parents[2]
-        command = [sys.executable, "-m", "llmjax", "train", f"--config={root}/configs/quickstart.py", *overrides]
-        return subprocess.Popen([*command, f"--workdir={workdir}"], env=self.env, cwd=self.folder, text=True,
+        recipe = f"--config={ROOT}/configs/quickstart.py"
+        return [sys.executable, "-m", "llmjax", "train", recipe, *overrides, f"--workdir={workdir}"]
+
+    def start(self, workdir: Path) -> subprocess.Popen[str]:
+        """That command, running."""
+        return subprocess.Popen(self.command(workdir), env=self.env, cwd=self.folder, text=True,
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
 
     def signalled(self, workdir: Path, number: signal.Signals, moment: Moment) -> tuple[int, str]:
@@ -65,6 +72,12 @@ class Place:
             return process.returncode, said
         finally:
             process.kill()
+
+    def launch(self, workdir: Path, *, processes: int) -> subprocess.Popen[str]:
+        """The same over several processes, which tpu/local.sh starts again as often as need be."""
+        env = {"MAX_RESTARTS": "1000", "GRACE_SECONDS": "5"}
+        return subprocess.Popen([ROOT / "tpu/local.sh", str(processes), *self.command(workdir)], env=self.env | env,
+                                cwd=self.folder, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def finished(self, workdir: Path) -> Path:
         """Start and wait for the end."""
@@ -159,3 +172,60 @@ def test_killed_at_ten_random_moments(place: Place, undisturbed: Path, seed: int
                   "saving": while_saving(workdir, after=last_saved(workdir))}[kind]  # fmt: skip
         assert place.signalled(workdir, signal.SIGKILL, moment)[0] == -signal.SIGKILL, f"{number}: {kind}"
     assert_same_run(place.finished(workdir), undisturbed)
+
+
+def ended(launcher: subprocess.Popen[str], *, within: float = 3 * WAIT_SECONDS) -> None:
+    said = launcher.communicate(timeout=within)[1]
+    assert launcher.returncode == 0, said[-2000:]
+
+
+def kill_one(launcher: subprocess.Popen[str], rng: random.Random) -> None:
+    """SIGKILL for one of the launcher's processes, whichever is there."""
+    children: list[psutil.Process] = []
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not children:
+        assert time.monotonic() < deadline and launcher.poll() is None, "the launcher started nothing"
+        children = [child for child in psutil.Process(launcher.pid).children() if "llmjax" in child.cmdline()]
+    rng.choice(children).kill()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_killed_at_random_moments_through_the_launcher(place: Place) -> None:
+    """One of the two dies, both are started again; in the end another number of processes goes on."""
+    undisturbed, workdir, rng = place.folder / "two", place.folder / "two-killed", random.Random(0)
+    ended(place.launch(undisturbed, processes=2))
+    launcher = place.launch(workdir, processes=2)
+    try:
+        for number in range(1, KILLS + 1):
+            furthest = STEPS * 3 // 4 * number // KILLS
+            step = rng.randint(min(last_saved(workdir) + 1, furthest), furthest)
+            moment = rng.choice([after_seconds(rng.uniform(0, 15)), at_step(workdir, step),
+                                 while_saving(workdir, after=last_saved(workdir))])  # fmt: skip
+            deadline = time.monotonic() + WAIT_SECONDS
+            while not moment() and last_saved(workdir) <= furthest:
+                assert time.monotonic() < deadline and launcher.poll() is None
+                time.sleep(0.001)
+            kill_one(launcher, rng)
+        ended(launcher)
+    finally:
+        launcher.terminate()
+    assert_same_run(workdir, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_another_number_of_processes_goes_on(place: Place, undisturbed: Path) -> None:
+    """Two processes until a kill, then one, whose mesh is another: the losses are those of one process throughout."""
+    workdir = place.folder / "two-then-one"
+    launcher = place.launch(workdir, processes=2)
+    moment, deadline = at_step(workdir, 30), time.monotonic() + WAIT_SECONDS
+    while not moment():
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.01)
+    launcher.terminate()
+    assert launcher.wait(WAIT_SECONDS) == 75
+    place.finished(workdir)
+    ours, theirs = (read_metrics(run / "metrics.jsonl")["loss"] for run in (workdir, undisturbed))
+    assert ours.steps.tolist() == theirs.steps.tolist()
+    np.testing.assert_allclose(ours.values, theirs.values, rtol=2e-2)
