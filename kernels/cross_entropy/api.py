@@ -17,11 +17,13 @@ def num_chunks(num_tokens: int, vocab_size: int) -> int:
     return next(n for n in range(wanted, num_tokens + 1) if num_tokens % n == 0)
 
 
-def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array) -> TokenLoss:
+def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, *, softcap: float = 0.0) -> TokenLoss:
     """Negative log-likelihood of the targets under softmax(x w), and the log of its denominator, (T,) float32 each.
+
+    With a softcap the logits are softcap tanh(x w / softcap).
 
     Inside a manual region whose tensor axis splits the vocabulary, `w_DV` is this device's share of it, in order, and
     the results are the same on all its shards. Both outputs are differentiable with any cotangent per token.
     """
     chunks = num_chunks(x_TD.shape[0], w_DV.shape[1])
-    return xla.linear_cross_entropy(collectives.enter_tensor(x_TD), w_DV, targets_T, chunks)
+    return xla.linear_cross_entropy(collectives.enter_tensor(x_TD), w_DV, targets_T, chunks, softcap)

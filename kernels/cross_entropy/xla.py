@@ -38,8 +38,9 @@ def _join(chunked: Any) -> Any:
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), chunked)
 
 
-def _logits(x_CD: jax.Array, w_DV: jax.Array) -> jax.Array:
-    return jnp.einsum("CD,DV->CV", x_CD, w_DV, preferred_element_type=jnp.float32)
+def _logits(x_CD: jax.Array, w_DV: jax.Array, softcap: float) -> jax.Array:
+    logits_CV = jnp.einsum("CD,DV->CV", x_CD, w_DV, preferred_element_type=jnp.float32)
+    return softcap * jnp.tanh(logits_CV / softcap) if softcap else logits_CV
 
 
 def _local_targets(targets_C: jax.Array, num_local: int) -> jax.Array:
@@ -61,23 +62,26 @@ def _token_loss(logits_CV: jax.Array, targets_C: jax.Array) -> TokenLoss:
     return TokenLoss(log_z_C - target_C, log_z_C)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, num_chunks: int) -> TokenLoss:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, num_chunks: int,
+                         softcap: float = 0.0) -> TokenLoss:
     """See `api.linear_cross_entropy`; a single chunk keeps its logits for the derivative, several recompute them."""
-    return _forward(x_TD, w_DV, targets_T, num_chunks)[0]
+    return _forward(x_TD, w_DV, targets_T, num_chunks, softcap)[0]
 
 
-def _forward(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, num_chunks: int) -> tuple[TokenLoss, tuple]:
+def _forward(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, num_chunks: int,
+             softcap: float) -> tuple[TokenLoss, tuple]:
     if num_chunks == 1:
-        logits_TV = _logits(x_TD, w_DV)
+        logits_TV = _logits(x_TD, w_DV, softcap)
         loss = _token_loss(logits_TV, targets_T)
         return loss, (x_TD, w_DV, targets_T, loss.log_z_T, logits_TV)
     chunked = _split(num_chunks, (x_TD, targets_T))
-    loss = _join(lax.map(lambda chunk: _token_loss(_logits(chunk[0], w_DV), chunk[1]), chunked))
+    loss = _join(lax.map(lambda chunk: _token_loss(_logits(chunk[0], w_DV, softcap), chunk[1]), chunked))
     return loss, (x_TD, w_DV, targets_T, loss.log_z_T, None)
 
 
-def _backward(num_chunks: int, residuals: tuple, grad: TokenLoss) -> tuple[jax.Array, jax.Array, None]:
+def _backward(num_chunks: int, softcap: float, residuals: tuple,
+              grad: TokenLoss) -> tuple[jax.Array, jax.Array, None]:
     x_TD, w_DV, targets_T, log_z_T, logits_TV = residuals
 
     def chunk(logits_CV: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -85,12 +89,14 @@ def _backward(num_chunks: int, residuals: tuple, grad: TokenLoss) -> tuple[jax.A
         p_CV = jnp.exp(logits_CV - log_z_C[:, None])
         hit_CV = _local_targets(targets_C, w_DV.shape[1])[:, None] == jnp.arange(w_DV.shape[1])[None, :]
         dlogits_CV = p_CV * (dnll_C + dlog_z_C)[:, None] - jnp.where(hit_CV, dnll_C[:, None], 0.0)
+        if softcap:
+            dlogits_CV *= 1.0 - jnp.square(logits_CV / softcap)
         dlogits_CV = dlogits_CV.astype(x_CD.dtype)
         dw_DV = jnp.einsum("CD,CV->DV", x_CD, dlogits_CV, preferred_element_type=jnp.float32)
         return dw_DV, jnp.einsum("CV,DV->CD", dlogits_CV, w_DV)
 
     def add_chunk(dw_DV: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        more_DV, dx_CD = chunk(_logits(arrays[0], w_DV), arrays)
+        more_DV, dx_CD = chunk(_logits(arrays[0], w_DV, softcap), arrays)
         return dw_DV + more_DV, dx_CD  # summed over chunks in float32
 
     arrays = (x_TD, targets_T, log_z_T, grad.nll_T, grad.log_z_T)

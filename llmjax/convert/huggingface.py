@@ -1,16 +1,24 @@
-"""Hugging Face folders of Llama models, in and out: config, weights, tokenizer."""
+"""Hugging Face folders, in and out: config, weights, tokenizer; which family it is, the folder or the model says.
+
+Tensors pass one row of the family's table at a time, so that beside the model itself, which may stand sharded on a
+mesh, memory holds about one of our (stacked) tensors.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from llmjax.convert import llama_config, rules, safetensors
-from llmjax.convert.tables import LLAMA, LLAMA_DERIVED
+from llmjax.convert import rules, safetensors
+from llmjax.convert.family import Family
+from llmjax.convert.operations import Shape
+from llmjax.convert.registry import family_of_folder, family_of_model
 from llmjax.convert.tokenizer import export_tokenizer
 from llmjax.core import config as configs
 from llmjax.core.errors import RunError
@@ -24,8 +32,10 @@ from llmjax.train.checkpoint import read_meta, restore_params, save_params
 GENERATION_FILE = "generation_config.json"
 
 
-def import_hf(source: Path, workdir: Path) -> Config:
+def import_hf(source: Path, workdir: Path, *, mesh: jax.sharding.Mesh | None = None) -> Config:
     """Makes a workdir out of a Hugging Face folder: config, weights as step 0, tokenizer where it has one.
+
+    On a `mesh` every tensor goes onto it as it is read.
 
     Raises:
         ConfigError: an architecture or a setting that we do not have; the line names it.
@@ -34,12 +44,15 @@ def import_hf(source: Path, workdir: Path) -> Config:
     if (workdir / "checkpoints").exists():
         raise RunError(f"{workdir} holds a run already: import into another --workdir")
     theirs = _read_json(source / "config.json")
+    family = family_of_folder(theirs)
     with safetensors.Reader(source) as reader:
-        model = llama_config.to_ours(theirs, dtype=_stored_dtype(reader))
-        params = _convert(model, {name: reader.shape(name) for name in reader.names}, reader.read)
+        theirs = family.without_absent(theirs, reader.names)
+        model = family.to_ours(theirs, dtype=str(reader.read(reader.names[0]).dtype))
+        params = _convert(family, model, {name: reader.shape(name) for name in reader.names}, reader.read, mesh)
     tokenizer = _import_tokenizer(source, workdir)
-    config = configs.resolve({"name": workdir.name, **llama_config.sections(model)})
-    meta = {"tokenizer_hash": tokenizer.hash if tokenizer else "", "generation": _generation_ids(source, theirs)}
+    config = configs.resolve({"name": workdir.name, **sections(model)})
+    meta = {"tokenizer_hash": tokenizer.hash if tokenizer else "", "family": family.model_type,
+            "generation": _generation_ids(source, theirs)}  # fmt: skip
     save_params(workdir / "checkpoints", params, meta)
     configs.save(config, workdir)  # last: from here on the workdir is whole
     return config
@@ -48,54 +61,70 @@ def import_hf(source: Path, workdir: Path) -> Config:
 def export_hf(workdir: Path, out: Path, *, shard_bytes: int = safetensors.SHARD_BYTES) -> None:
     """Writes the latest checkpoint of a workdir as a folder that transformers loads, with its tokenizer if any.
 
+    An imported run goes out as the family that it came from.
+
     Raises:
-        ConfigError: sizes that transformers' Llama cannot have.
+        ConfigError: a model that no family says all of.
         RunError: no checkpoint, or `out` is in use.
     """
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty: export into another --out")
     config = configs.from_workdir(workdir).model
-    theirs = llama_config.to_theirs(config)
+    meta = read_meta(workdir / "checkpoints")
+    family = family_of_model(config, preferred=meta.get("family"))
     params = restore_params(workdir / "checkpoints", abstract_model(config).abstract_params(None))
     out.mkdir(parents=True, exist_ok=True)
-    write_params(out, params, shard_bytes=shard_bytes)
-    ids = read_meta(workdir / "checkpoints").get("generation")
+    write_params(out, params, family=family, model=config, shard_bytes=shard_bytes)
+    ids = meta.get("generation")
     if _has_tokenizer(workdir / "tokenizer"):
         export_tokenizer(workdir / "tokenizer", out)
         ids = ids or _tokenizer_ids(Tokenizer.load(out))
     write_json(out / GENERATION_FILE, ids or {})
-    write_json(out / "config.json", theirs | {"bos_token_id": None, "eos_token_id": None} | (ids or {}))
+    none = {"bos_token_id": None, "eos_token_id": None}
+    write_json(out / "config.json", family.to_theirs(config) | none | (ids or {}))
 
 
-def to_params(model: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Params:
+def to_params(tensors: Mapping[str, np.ndarray], *, family: Family, model: ModelConfig,
+              mesh: jax.sharding.Mesh | None = None) -> Params:
     """Our parameters from transformers' tensors by name, in the precision of the config.
 
     Raises:
         RunError: a tensor is missing, not known or of another shape.
     """
-    return _convert(model, {name: tensor.shape for name, tensor in tensors.items()}, tensors.__getitem__)
+    return _convert(family, model, {name: tensor.shape for name, tensor in tensors.items()}, tensors.__getitem__, mesh)
 
 
-def write_params(out: Path, params: Params, *, shard_bytes: int = safetensors.SHARD_BYTES) -> None:
+def write_params(out: Path, params: Params, *, family: Family, model: ModelConfig,
+                 shard_bytes: int = safetensors.SHARD_BYTES) -> None:
     """Our parameters as safetensors under transformers' names, in the precision they have."""
-    leaves = rules.flatten(params)
+    rows, leaves = family.rows_of(model), rules.flatten(params)
     dtype = leaves["embedder/table"].dtype
-    specs = [safetensors.TensorSpec(name, shape, dtype) for name, shape in rules.their_shapes(LLAMA, leaves).items()]
-    tensors = (tensor for _, tensor in rules.to_theirs(LLAMA, leaves))
+    specs = [safetensors.TensorSpec(name, shape, dtype) for name, shape in rules.their_shapes(rows, leaves).items()]
+    tensors = (tensor for _, tensor in rules.to_theirs(rows, leaves))
     safetensors.write_folder(out, specs, tensors, shard_bytes=shard_bytes)
 
 
-def _convert(model: ModelConfig, found: Mapping[str, rules.Shape], read: Callable[[str], np.ndarray]) -> Params:
-    like = rules.flatten(abstract_model(model).shapes)
-    copies = {"lm_head.weight"} if model.embeddings == "tied" else set()  # of the embedding, in some folders
-    known = {name: shape for name, shape in found.items() if name not in copies and not LLAMA_DERIVED.fullmatch(name)}
-    rules.check_consumed(rules.their_shapes(LLAMA, like), known)
-    return rules.unflatten(rules.to_ours(LLAMA, like, read=read))
+def sections(model: ModelConfig) -> dict[str, Any]:
+    """The sections of a config around an imported model; rows of data must fit into its context."""
+    seq_len = min(Config().data.seq_len, model.max_seq_len)
+    return {"model": dataclasses.asdict(model), "data": {"seq_len": seq_len}}
 
 
-def _stored_dtype(reader: safetensors.Reader) -> str:
-    name = "model.embed_tokens.weight" if "model.embed_tokens.weight" in reader.names else reader.names[0]
-    return str(reader.read(name).dtype)
+def _convert(family: Family, model: ModelConfig, found: Mapping[str, Shape], read: Callable[[str], np.ndarray],
+             mesh: jax.sharding.Mesh | None) -> Params:
+    rows, like = family.rows_of(model), rules.flatten(abstract_model(model).abstract_params(mesh))
+    wanted = rules.their_shapes(rows, like)
+    stored = {_full_name(name, wanted, family): name for name in found}
+    rules.check_consumed(wanted, {name: found[own] for name, own in stored.items()
+                                  if name in wanted or not family.is_derived(name, model)})
+    tensors = rules.to_ours(rows, like, read=lambda name: read(stored[name]))
+    return rules.unflatten((path, jax.device_put(tensor, like[path].sharding)) for path, tensor in tensors)
+
+
+def _full_name(name: str, wanted: Mapping[str, Shape], family: Family) -> str:
+    """A tensor's name with the prefix that some folders leave out."""
+    whole = name in wanted or name.startswith(family.prefix) or name == "lm_head.weight"
+    return name if whole else family.prefix + name
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,77 +1,24 @@
 """Weight conversion: a table of invertible rows, one engine for both directions.
 
-A row pairs the name a tensor has elsewhere with the path of ours and the operation between their layouts. Names with
-`{layer}` stand for one tensor a layer; ours holds them stacked, layers first.
+A row pairs the name a tensor has elsewhere with the path of ours, or the paths of several that it joins, and the
+operation between their layouts. Names with `{layer}` stand for one tensor a layer, with `{expert}` as well for one an
+expert; ours holds them stacked, layers first.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from llmjax.convert.operations import Operation, Shape
 from llmjax.core.errors import RunError
 
-LAYER = "{layer}"
+STACKED = ("{layer}", "{expert}")
 NUM_NAMED = 4  # tensors named in a mismatch before the rest is counted
-
-Shape = tuple[int, ...]
-
-
-class Leaf(Protocol):
-    """An array, or what stands for one."""
-
-    shape: Shape
-    dtype: np.dtype
-
-
-class Operation(Protocol):
-    """An invertible change of layout of one layer's tensor."""
-
-    def to_ours(self, theirs: np.ndarray, shape: Shape) -> np.ndarray:
-        """Our tensor, of the given shape."""
-        ...
-
-    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        """Their tensor."""
-        ...
-
-    def their_shape(self, shape: Shape) -> Shape:
-        """The shape of their tensor, from ours."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Copy:
-    """The same layout on both sides."""
-
-    def to_ours(self, theirs: np.ndarray, shape: Shape) -> np.ndarray:
-        return theirs.reshape(shape)
-
-    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        return ours
-
-    def their_shape(self, shape: Shape) -> Shape:
-        return shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear:
-    """Theirs is (outputs, inputs), flat; ours begins with `num_inputs` input dims, outputs after them, heads apart."""
-
-    num_inputs: int = 1
-
-    def to_ours(self, theirs: np.ndarray, shape: Shape) -> np.ndarray:
-        return theirs.T.reshape(shape)
-
-    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        return ours.reshape(self.their_shape(ours.shape)[::-1]).T
-
-    def their_shape(self, shape: Shape) -> Shape:
-        return math.prod(shape[self.num_inputs :]), math.prod(shape[: self.num_inputs])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,54 +26,80 @@ class Row:
     """One line of a conversion table."""
 
     theirs: str
-    ours: str  # path with slashes
+    ours: str | tuple[str, ...]  # paths with slashes
     operation: Operation
+    first_layer: int = 0  # the number that the first of our stacked layers has elsewhere
 
     @property
-    def stacked(self) -> bool:
-        """Whether our tensor holds one of theirs a layer."""
-        return LAYER in self.theirs
+    def paths(self) -> tuple[str, ...]:
+        """Our tensors that theirs holds."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
 
-    def names(self, shape: Shape) -> list[str]:
-        """Their names of what our tensor of this shape holds."""
-        return [self.theirs.replace(LAYER, str(i)) for i in range(shape[0])] if self.stacked else [self.theirs]
+    @property
+    def group(self) -> str:
+        """Where in our tree the row is."""
+        return self.paths[0].split("/")[0]
 
-    def their_shape(self, shape: Shape) -> Shape:
-        """The shape of each of their tensors, from the shape of ours."""
-        return self.operation.their_shape(shape[1:] if self.stacked else shape)
+    @property
+    def num_stacked(self) -> int:
+        """Leading dims of ours that number tensors of theirs."""
+        return sum(name in self.theirs for name in STACKED)
+
+    def names(self, shape: Shape) -> dict[tuple[int, ...], str]:
+        """Their names of what our tensors hold, by index into the leading dims."""
+        names = {}
+        for index in itertools.product(*map(range, shape[: self.num_stacked])):
+            numbers = (index[0] + self.first_layer, *index[1:]) if index else ()
+            name = self.theirs
+            for placeholder, number in zip(STACKED, numbers, strict=False):
+                name = name.replace(placeholder, str(number))
+            names[index] = name
+        return names
+
+    def their_shape(self, shapes: Sequence[Shape]) -> Shape:
+        """The shape of each of their tensors, from the shapes of ours."""
+        return self.operation.their_shape([shape[self.num_stacked :] for shape in shapes])
 
 
 def to_ours(
-    rows: Sequence[Row], like: Mapping[str, Leaf], *, read: Callable[[str], np.ndarray]
+    rows: Sequence[Row], like: Mapping[str, Any], *, read: Callable[[str], np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Our tensors by path, one at a time, each filled from theirs, in the shapes and dtypes of `like`."""
+    """Our tensors by path, one row at a time, filled from theirs, in the shapes and dtypes of `like`."""
     for row in select(rows, like):
-        out = np.empty(like[row.ours].shape, like[row.ours].dtype)
-        slots = out if row.stacked else out[None]
-        for slot, name in zip(slots, row.names(out.shape), strict=True):
-            slot[...] = row.operation.to_ours(read(name), slot.shape)
-        yield row.ours, out
+        out = {path: np.empty(like[path].shape, like[path].dtype) for path in row.paths}
+        shapes = [tensor.shape[row.num_stacked :] for tensor in out.values()]
+        for index, name in row.names(next(iter(out.values())).shape).items():
+            pieces = row.operation.to_ours(read(name), shapes)
+            for tensor, piece in zip(out.values(), pieces, strict=True):
+                tensor[index] = piece
+        while out:  # let go of each as it is handed over
+            path = next(iter(out))
+            yield path, out.pop(path)
 
 
 def to_theirs(rows: Sequence[Row], ours: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors by name, one at a time, in the order of the table."""
     for row in select(rows, ours):
-        value = np.asarray(ours[row.ours])
-        for slot, name in zip(value if row.stacked else value[None], row.names(value.shape), strict=True):
-            yield name, row.operation.to_theirs(slot)
+        values = [np.asarray(ours[path]) for path in row.paths]
+        for index, name in row.names(values[0].shape).items():
+            yield name, row.operation.to_theirs([value[index] for value in values])
 
 
-def their_shapes(rows: Sequence[Row], ours: Mapping[str, Leaf]) -> dict[str, Shape]:
+def their_shapes(rows: Sequence[Row], ours: Mapping[str, Any]) -> dict[str, Shape]:
     """The shapes of their tensors by name, in the order of the table."""
-    shapes = [(row, tuple(ours[row.ours].shape)) for row in select(rows, ours)]
-    return {name: row.their_shape(shape) for row, shape in shapes for name in row.names(shape)}
+    shapes: dict[str, Shape] = {}
+    for row in select(rows, ours):
+        own = [tuple(ours[path].shape) for path in row.paths]
+        shapes |= dict.fromkeys(row.names(own[0]).values(), row.their_shape(own))
+    return shapes
 
 
 def select(rows: Sequence[Row], paths: Mapping[str, Any]) -> list[Row]:
     """The rows of a table that this model has; every path is in exactly one, or ValueError."""
-    selected = [row for row in rows if row.ours in paths]
-    if sorted(row.ours for row in selected) != sorted(paths):
-        raise ValueError(f"paths {sorted(paths)} are not those of the table, {sorted(row.ours for row in rows)}")
+    selected = [row for row in rows if all(path in paths for path in row.paths)]
+    if sorted(path for row in selected for path in row.paths) != sorted(paths):
+        known = sorted(path for row in rows for path in row.paths)
+        raise ValueError(f"paths {sorted(paths)} are not those of the table, {known}")
     return selected
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.files import write_json
+from llmjax.core.model_rules import check_model
 from llmjax.core.sections import AXIS_NAMES, Config, TrainConfig
 from llmjax.core.stage_sections import StageConfig, complete, rate_pieces
 
@@ -30,7 +31,7 @@ CONFIG_FILE = "config.json"
 # The least value of each size; a size missing here may be anything its type allows.
 AT_LEAST: dict[str, float] = {
     "model.vocab_size": 0, "model.num_layers": 1, "model.dim": 1, "model.num_heads": 1, "model.num_kv_heads": 1,
-    "model.head_dim": 2, "model.mlp_dim": 1, "model.max_seq_len": 1, "model.rope_theta": 1, "model.norm_eps": 0,
+    "model.head_dim": 1, "model.mlp_dim": 1, "model.max_seq_len": 1, "model.rope_theta": 1, "model.norm_eps": 0,
     "model.init_scale": 0, "model.rope_scaling.factor": 1, "model.rope_scaling.original_seq_len": 1,
     "tokenizer.vocab_size": 260, "tokenizer.train_bytes": 1,
     "data.seq_len": 1, "data.batch_size": 1, "data.min_bytes": 0, "data.max_bytes": 1, "data.holdout_fraction": 0,
@@ -69,6 +70,7 @@ def resolve(raw: Mapping[str, Any], overrides: Mapping[str, str] | None = None) 
     config = _build(Config, raw, prefix="")
     for path, text in (overrides or {}).items():
         config = _replace(config, path, text)
+    config = _read_mixture(config)
     _check_limits(config)
     _check_stages(config)
     config = _derive(config)
@@ -289,6 +291,19 @@ def _get(config: Config, path: str) -> Any:
 # What fits together --------------------------------------------------------------------------------------------------
 
 
+def _read_mixture(config: Config) -> Config:
+    """`data.mixture=@FILE` stands for what the file says, so that a run's own config says it too."""
+    if not config.data.mixture.startswith("@"):
+        return config
+    path = Path(config.data.mixture[1:]).expanduser()
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise ConfigError(f"data.mixture: {path} cannot be read ({error.strerror}); llmjax data mix writes one") from None
+    spec = ",".join(line for line in lines if line and not line.startswith("#"))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=spec))
+
+
 def _derive(config: Config) -> Config:
     """Fill in the values that stand for another field, so that no section has to look into another."""
     evaluation, optim = config.eval, config.optim
@@ -332,9 +347,7 @@ def _check_stages(config: Config) -> None:
 
 
 def _check_sizes(config: Config) -> None:
-    _check_divides("model.num_kv_heads", config.model.num_kv_heads, "model.num_heads", config.model.num_heads)
-    if config.model.head_dim % 2:
-        raise ConfigError(f"model.head_dim={config.model.head_dim}: rotary positions turn pairs, so it must be even")
+    check_model(config.model)
     check_multiple("data.batch_size", config.data.batch_size, "train.accumulation", config.train.accumulation)
     for path in ("data.seq_len", "eval.seq_len"):
         if _get(config, path) > config.model.max_seq_len:
@@ -352,13 +365,6 @@ def _check_mesh(config: Config) -> None:
     if list(sizes.values()).count(-1) > 1:
         taken, again, *_ = [axis for axis, size in sizes.items() if size == -1]
         raise ConfigError(f"mesh.{again}=-1: only one axis may take what is left, and mesh.{taken} does")
-
-
-def _check_divides(path: str, value: int, whole_path: str, whole: int) -> None:
-    if whole % value:
-        divisors = [d for d in range(1, whole + 1) if whole % d == 0]
-        near = sorted(sorted(divisors, key=lambda d: abs(d - value))[:2])
-        raise ConfigError(f"{path}={value}: must divide {whole_path}={whole}; nearest: {', '.join(map(str, near))}")
 
 
 def check_multiple(path: str, value: int, part_path: str, part: int) -> None:

@@ -123,6 +123,11 @@ class Model:
     axes: dict[str, Any]  # logical axes of every parameter
     shapes: dict[str, Any]  # jax.ShapeDtypeStruct of every parameter
 
+    @property
+    def noisy(self) -> bool:
+        """Whether training draws from randomness inside the model."""
+        return bool(self.config.dropout or self.config.moe.num_experts and self.config.moe.jitter)
+
     def specs(self, rules: axes_lib.Rules = axes_lib.PARAM_RULES) -> dict[str, Any]:
         """The partition spec of every parameter under a table of rules."""
         return jax.tree.map(lambda axes: axes_lib.spec(axes, rules), self.axes, is_leaf=lambda x: isinstance(x, tuple))
@@ -139,15 +144,15 @@ class Model:
 
         return jax.tree.map(struct, self.specs(), self.shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
+    def moved(self, params: Params, loads: Params) -> Params:
+        """Parameters whose untrained state has been moved by the loads of a step."""
+        return moved(self.config, params, loads) if loads else params
+
 
 def abstract_model(config: ModelConfig) -> Model:
     """Declare the model without allocating anything."""
     module = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
     graphdef, state = nnx.split(module)
-    def moved(self, params: Params, loads: Params) -> Params:
-        """Parameters whose untrained state has been moved by the loads of a step."""
-        return moved(self.config, params, loads) if loads else params
-
     return Model(config, graphdef, axes=logical_axes(module), shapes=nnx.to_pure_dict(state))
 
 

@@ -1,11 +1,17 @@
-"""Parameters and floating-point operations of a decoder, counted by hand, and what a chip can do at best.
+"""Parameters and floating-point operations of a decoder, from what is declared, and what a chip can do at best.
 
 XLA's own count leaves out Pallas kernels and loop trips; figures such as MFU come from here instead.
 """
 
 from __future__ import annotations
 
-from llmjax.core.sections import ModelConfig
+import functools
+import math
+from collections.abc import Iterator
+
+from llmjax.core import tree
+from llmjax.core.model_sections import ModelConfig
+from llmjax.models.groups import layer_groups
 
 # Dense bf16 peaks in FLOP/s of one JAX device, by a part of its `device_kind`, the first match counting.
 # Google Cloud TPU documentation (system architecture pages of v4, v5e, v5p, v6e, TPU7x), NVIDIA data sheets of the H100
@@ -30,30 +36,62 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def num_params(config: ModelConfig) -> int:
-    """All parameters; tied embeddings count once."""
-    tables = config.vocab_size * config.dim * (1 if config.embeddings == "tied" else 2)
-    norms = (2 * config.num_layers + 1) * config.dim
-    return tables + norms + config.num_layers * _matmul_params_per_layer(config)
+    """All parameters; tied embeddings count once. The balancing bias of routers is none: no gradient trains it."""
+    return sum(size for axes, size in _declared(config) if "balance" not in axes)
 
 
-def num_matmul_params(config: ModelConfig) -> int:
-    """Parameters that every token is multiplied with: the blocks' matrices and the head, not the embedding lookup."""
-    return config.vocab_size * config.dim + config.num_layers * _matmul_params_per_layer(config)
+def num_matmul_params(config: ModelConfig) -> float:
+    """Parameters that a token is multiplied with, head included: not the embedding lookup, of experts its share."""
+    head = config.vocab_size * config.dim if config.embeddings == "tied" else 0
+    return head + sum(size * _share(config, axes) for axes, size in _declared(config) if _is_multiplied(axes))
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Model FLOPs of one training token, forward and backward, at context `seq_len`.
 
     6 for every parameter in a matrix product (2 forward, 4 backward; Kaplan et al. 2020, section 2.1) plus attention's
-    two products over the causal half of the context, on average (seq_len + 1) / 2 keys a query. Recomputation
-    (rematerialisation) is not model work and does not count; document borders within packed rows, which spare some of
-    the attention, are not subtracted.
+    two products with the keys that a query reaches: over the causal half of the context on average (seq_len + 1) / 2,
+    fewer in a window. Recomputation (rematerialisation) is not model work and does not count; document borders within
+    packed rows, which spare some of the attention, are not subtracted.
     """
-    keys = (seq_len + 1) / 2
-    attention = 6 * config.num_layers * 2 * config.num_heads * config.head_dim * keys
-    return 6 * num_matmul_params(config) + attention
+    latent = config.latent
+    dims = 2 * config.head_dim  # of queries and keys, and of values
+    if latent.kv_lora_rank:
+        dims = latent.qk_nope_head_dim + latent.qk_rope_head_dim + latent.v_head_dim
+    keys = sum(_mean_keys(seq_len, config.attention.window if span == "local" else 0) for span in _spans(config))
+    return 6 * num_matmul_params(config) + 6 * config.num_heads * dims * keys
 
 
-def _matmul_params_per_layer(config: ModelConfig) -> int:
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads  # q and o, k and v
-    return config.dim * (heads * config.head_dim + 3 * config.mlp_dim)
+def _mean_keys(seq_len: int, window: int) -> float:
+    """Keys that a query sees, averaged over the positions of a row."""
+    if not window or window >= seq_len:
+        return (seq_len + 1) / 2
+    return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+
+
+def _spans(config: ModelConfig) -> Iterator[str]:
+    """The span of every layer's attention."""
+    for group in layer_groups(config):
+        for layer in range(group.num_layers):
+            yield group.spans[layer % len(group.spans)]
+
+
+@functools.lru_cache(maxsize=64)
+def _declared(config: ModelConfig) -> tuple[tuple[tuple[str, ...], int], ...]:
+    """Logical axes and size of every parameter."""
+    from llmjax.models.decoder import abstract_model  # flax takes its time to load
+
+    model = abstract_model(config)
+    axes = tree.flatten(model.axes)
+    return tuple((axes[path], math.prod(leaf.shape)) for path, leaf in tree.flatten(model.shapes).items())
+
+
+def _is_multiplied(axes: tuple[str, ...]) -> bool:
+    """Whether these are the axes of a matrix that tokens are multiplied with; a head stands with its inputs first."""
+    own = [axis for axis in axes if axis not in ("layers", "expert")]
+    return len(own) >= 2 and "vector" not in own and own[0] not in ("vocab", "positions")
+
+
+def _share(config: ModelConfig, axes: tuple[str, ...]) -> float:
+    """How much of a parameter one token meets."""
+    return config.moe.top_k / config.moe.num_experts if "expert" in axes else 1.0

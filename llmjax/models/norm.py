@@ -42,19 +42,18 @@ class Norm(nnx.Module):
     """x / rms(x) * scale (Zhang and Sennrich 2019, equation 4), or the same of x - mean(x) (Ba et al. 2016)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.dtype = config.compute_dtype
         self.normalise, self.eps, self.stored = NORMS[config.norm.kind], config.norm_eps, config.norm.scale
         shape, dtype = (config.dim,), config.param_dtype
         self.scale = param(rngs, shape, axes=("norm",), init=_initial_scale(config), dtype=dtype)
-        self.bias = None
-        if config.norm.bias == "learned":
+        self.has_bias = config.norm.bias == "learned"
+        if self.has_bias:
             self.bias = param(rngs, shape, axes=("norm",), init=nnx.initializers.zeros, dtype=dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         scale_D = weight(self.scale, "float32")
         normed_BTD = self.normalise(x_BTD, 1.0 + scale_D if self.stored == "one_plus" else scale_D, self.eps)
-        if self.bias is None:
-            return normed_BTD
-        return normed_BTD + weight(self.bias, normed_BTD.dtype.name)[None, None]
+        return normed_BTD + weight(self.bias, self.dtype)[None, None] if self.has_bias else normed_BTD
 
 
 class HeadNorm(nnx.Module):

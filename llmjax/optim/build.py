@@ -46,13 +46,13 @@ def clip_by_global_norm(grads: Any, norm: jax.Array, *, max_norm: float) -> Any:
 
 
 def is_decayed(names: AxisNames) -> bool:
-    """Whether weight decay applies: to matrices, not to norm scales and biases (one axis beside the stacking ones)."""
-    return len(_own_axes(names)) >= 2
+    """Whether weight decay applies: to matrices, not to norm scales and biases, of heads as of the whole width."""
+    return len(_own_axes(names)) >= 2 and "vector" not in names
 
 
 def is_hidden_matrix(names: AxisNames) -> bool:
     """Whether Muon applies: a matrix to or from the residual stream that is neither embedding nor head."""
-    return is_decayed(names) and "vocab" not in names and "embed" in names
+    return is_decayed(names) and not {"vocab", "positions"} & set(names) and "embed" in names
 
 
 def _adamw(config: OptimConfig, *, steps: int, axes: Any, peak: float) -> optax.GradientTransformation:

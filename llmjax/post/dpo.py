@@ -63,7 +63,7 @@ def answer_log_probs(model: Model, params: Params, batch: Mapping[str, jax.Array
     out = forward(model, params, rows["tokens"], positions_BT=rows["positions"], segment_ids_BT=rows["segment_ids"],
                   execution=execution)
     loss = cross_entropy.linear_cross_entropy(out.hidden_BTD.reshape(B * P * T, -1), head_kernel(model, params),
-                                              batch["targets_BPT"].reshape(-1))
+                                              batch["targets_BPT"].reshape(-1), softcap=model.config.logit_softcap)
     return -jnp.sum(loss.nll_T.reshape(B, P, T) * batch["weights_BPT"], axis=-1)
 
 

@@ -1,4 +1,4 @@
-"""`llmjax import-hf` and `llmjax export-hf`: Hugging Face folders of Llama models, in and out."""
+"""`llmjax import-hf` and `llmjax export-hf`: Hugging Face folders, in and out."""
 
 from __future__ import annotations
 

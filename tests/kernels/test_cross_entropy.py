@@ -16,12 +16,12 @@ def inputs(num_tokens: int = 24) -> tuple[jax.Array, jax.Array, jax.Array]:
             jax.random.randint(keys[2], (num_tokens,), 0, 40))
 
 
-@pytest.mark.parametrize("num_chunks", [1, 3, 24])
-def test_values_and_gradients_equal_the_reference(num_chunks: int) -> None:
+@pytest.mark.parametrize(("num_chunks", "softcap"), [(1, 0.0), (3, 0.0), (24, 0.0), (1, 5.0), (3, 5.0)])
+def test_values_and_gradients_equal_the_reference(num_chunks: int, softcap: float) -> None:
     x_TD, w_DV, targets_T = inputs()
     cotangent_T = jax.random.normal(jax.random.key(1), targets_T.shape)
-    ours, pull = jax.vjp(lambda x, w: xla.linear_cross_entropy(x, w, targets_T, num_chunks).nll_T, x_TD, w_DV)
-    plain, plain_pull = jax.vjp(lambda x, w: reference.linear_cross_entropy(x, w, targets_T), x_TD, w_DV)
+    ours, pull = jax.vjp(lambda x, w: xla.linear_cross_entropy(x, w, targets_T, num_chunks, softcap).nll_T, x_TD, w_DV)
+    plain, plain_pull = jax.vjp(lambda x, w: reference.linear_cross_entropy(x, w, targets_T, softcap), x_TD, w_DV)
     np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
     for grad, wanted in zip(pull(cotangent_T), plain_pull(cotangent_T), strict=True):
         np.testing.assert_allclose(grad, wanted, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,127 @@
+"""Which model sections fit together; every fault is a ConfigError of one line that names the field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llmjax.core.errors import ConfigError
+from llmjax.core.model_sections import ModelConfig
+
+GATED = ("swiglu", "swiglu_clamped", "geglu", "geglu_tanh")
+NUM_LISTED = 2  # divisors named as nearest
+
+# The least and the most value of each number; one that is missing here has its limits in core/config.py, or none.
+LIMITS: dict[str, tuple[float, float]] = {
+    "rope_fraction": (0.0, 1.0), "rope_scaling.low_freq_factor": (0.0, float("inf")),
+    "rope_scaling.beta_slow": (0.0, float("inf")), "rope_scaling.attention_factor": (0.0, float("inf")),
+    "attention.window": (0, float("inf")), "attention.global_every": (0, float("inf")),
+    "attention.local_rope_theta": (0.0, float("inf")), "attention.softcap": (0.0, float("inf")),
+    "attention.scale": (0.0, float("inf")), "logit_softcap": (0.0, float("inf")), "multi_token": (0, float("inf")),
+    "moe.num_experts": (0, float("inf")), "moe.top_k": (1, float("inf")), "moe.expert_mlp_dim": (0, float("inf")),
+    "moe.num_shared_experts": (0, float("inf")), "moe.num_dense_layers": (0, float("inf")),
+    "moe.num_groups": (1, float("inf")), "moe.top_groups": (1, float("inf")),
+    "moe.capacity_factor": (0.0, float("inf")), "moe.group_size": (0, float("inf")),
+    "moe.balance_loss": (0.0, float("inf")), "moe.z_loss": (0.0, float("inf")), "moe.jitter": (0.0, 1.0),
+    "latent.kv_lora_rank": (0, float("inf")), "latent.q_lora_rank": (0, float("inf")),
+}  # fmt: skip
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raise ConfigError for the first field that does not fit the others."""
+    for path, (least, most) in LIMITS.items():
+        value = _look_up(model, path)
+        if not least <= value <= most:
+            raise ConfigError(f"model.{path}={value}: at least {least} is needed" if value < least else
+                              f"model.{path}={value}: at most {most} fits")
+    for fault in _faults(model):
+        raise ConfigError(f"model.{fault}")
+
+
+def _faults(model: ModelConfig) -> Iterator[str]:
+    if model.num_heads % model.num_kv_heads:
+        yield (f"num_kv_heads={model.num_kv_heads}: must divide model.num_heads={model.num_heads}; nearest: "
+               f"{_nearest_divisors(model.num_heads, model.num_kv_heads)}")
+    if not 0.0 <= model.dropout < 1.0:
+        yield f"dropout={model.dropout}: at least 0 and below 1 is needed"
+    if model.positions == "sinusoidal" and model.dim % 2:
+        yield f"dim={model.dim}: sines and cosines alternate, so it must be even"
+    yield from _position_faults(model)
+    yield from _span_faults(model)
+    yield from _latent_faults(model)
+    if model.moe.num_experts:
+        yield from _moe_faults(model)
+
+
+def _position_faults(model: ModelConfig) -> Iterator[str]:
+    scaling, latent = model.rope_scaling, model.latent
+    if model.positions != "rotary":
+        if scaling.kind != "none":
+            yield f"rope_scaling.kind={scaling.kind!r}: with model.positions={model.positions!r} only 'none' fits"
+        return
+    dim = latent.qk_rope_head_dim if latent.kv_lora_rank else int(model.head_dim * model.rope_fraction)
+    field = f"latent.qk_rope_head_dim={dim}" if latent.kv_lora_rank else f"head_dim={model.head_dim}"
+    if dim % 2 or not dim:
+        yield f"{field}: rotary positions turn pairs, so {dim} rotated dims must be an even number above 0"
+    if scaling.kind in ("ntk", "dynamic_ntk") and dim < 4:
+        yield f"{field}: model.rope_scaling.kind={scaling.kind!r} needs at least 4 rotated dims"
+    if scaling.kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        yield (f"rope_scaling.high_freq_factor={scaling.high_freq_factor}: more than "
+               f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} is needed")
+    if scaling.kind == "yarn" and model.rope_theta <= 1.0:
+        yield f"rope_theta={model.rope_theta}: model.rope_scaling.kind='yarn' needs more than 1"
+    if scaling.kind == "yarn" and not scaling.beta_fast > scaling.beta_slow > 0.0:
+        yield (f"rope_scaling.beta_slow={scaling.beta_slow}: more than 0 and less than "
+               f"model.rope_scaling.beta_fast={scaling.beta_fast} is needed")
+
+
+def _span_faults(model: ModelConfig) -> Iterator[str]:
+    attention = model.attention
+    if attention.window:
+        if attention.local_rope_theta and model.positions != "rotary":
+            yield (f"attention.local_rope_theta={attention.local_rope_theta}: with "
+                   f"model.positions={model.positions!r} only 0 fits")
+        return
+    for field in ("global_every", "local_rope_theta"):
+        if value := getattr(attention, field):
+            yield f"attention.{field}={value}: there are no local layers without model.attention.window; 0 fits"
+
+
+def _latent_faults(model: ModelConfig) -> Iterator[str]:
+    if not model.latent.kv_lora_rank:
+        return
+    if model.positions != "rotary":
+        yield f"positions={model.positions!r}: latent attention has rotary ones"
+    for field in ("bias", "qk_norm", "sinks"):
+        if (value := getattr(model.attention, field)) != "none":
+            yield f"attention.{field}={value!r}: latent attention has none"
+    for field in ("qk_nope_head_dim", "v_head_dim"):
+        if (value := getattr(model.latent, field)) < 1:
+            yield f"latent.{field}={value}: at least 1 is needed"
+
+
+def _moe_faults(model: ModelConfig) -> Iterator[str]:
+    moe = model.moe
+    if moe.num_dense_layers >= model.num_layers:
+        yield f"moe.num_dense_layers={moe.num_dense_layers}: fewer than model.num_layers={model.num_layers} fit"
+    if moe.num_experts % moe.num_groups:
+        yield (f"moe.num_groups={moe.num_groups}: must divide model.moe.num_experts={moe.num_experts}; nearest: "
+               f"{_nearest_divisors(moe.num_experts, moe.num_groups)}")
+    if moe.top_groups > moe.num_groups:
+        yield f"moe.top_groups={moe.top_groups}: at most model.moe.num_groups={moe.num_groups} fits"
+    reachable = moe.num_experts // moe.num_groups * moe.top_groups
+    if moe.top_k > reachable:
+        yield f"moe.top_k={moe.top_k}: at most the {reachable} experts that a token may choose from fit"
+    if model.activation not in GATED:
+        yield f"activation={model.activation!r}: experts are gated; one of {', '.join(map(repr, GATED))} is needed"
+
+
+def _nearest_divisors(whole: int, value: int) -> str:
+    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
+    return ", ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - value))[:NUM_LISTED])))
+
+
+def _look_up(section: object, path: str) -> float:
+    for name in path.split("."):
+        section = getattr(section, name)
+    assert isinstance(section, (int, float))
+    return section
