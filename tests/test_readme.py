@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [command.strip() for block in BLOCKS for line in block.splitlines() for command in line.split("&&")]
 OURS = [command for command in COMMANDS if command.startswith("llmjax ")]
+LAUNCHED = [command for command in COMMANDS if command.startswith("tpu/")]
 
 
 @pytest.mark.parametrize("command", OURS)
@@ -31,7 +34,14 @@ def test_every_verb_has_a_line() -> None:
 
 
 def test_everything_else_is_an_installation_or_the_tests() -> None:
-    assert set(COMMANDS) - set(OURS) == {"pip install -e .", "pip install -e '.[test]'", "pytest"}
+    assert set(COMMANDS) - set(OURS) - set(LAUNCHED) == {"pip install -e .", "pip install -e '.[test]'", "pytest"}
+
+
+@pytest.mark.parametrize("command", LAUNCHED)
+def test_a_launcher_exists_and_dry_runs(command: str) -> None:
+    done = subprocess.run(shlex.split(command), cwd=ROOT, env=os.environ | {"DRY_RUN": "1"}, capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    assert "llmjax train" in done.stdout
 
 
 def test_extras_and_files_that_it_names_exist() -> None:
