@@ -92,7 +92,7 @@ def split_fsdp(sizes: Mapping[str, int], torus: Sequence[int]) -> tuple[int, int
             if size > 1 and (size % along == 0 or along % size == 0):
                 shared = math.gcd(size, along)
                 size, left[index] = size // shared, along // shared
-    parts = [along for along in left if along > 1]
+    parts = sorted((along for along in left if along > 1), reverse=True)
     if math.prod(parts) != sizes["fsdp"] or len(parts) > len(FSDP_AXES):
         parts = [sizes["fsdp"]]
     first, second, third = (*parts, 1, 1, 1)[:3]

@@ -1,0 +1,56 @@
+"""Small configs of every kind, for the invariance matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from llmjax.core.sections import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+
+CONFIG = Config(
+    model=ModelConfig(vocab_size=32, num_layers=4, dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32,
+                      max_seq_len=64, compute_dtype="float32", init_scale=0.2),
+    data=DataConfig(seq_len=32, batch_size=16),
+    optim=OptimConfig(learning_rate=1e-3, warmup_steps=0),
+    train=TrainConfig(accumulation=4),
+)  # fmt: skip
+
+
+def change(config: Config = CONFIG, **sections: dict[str, Any]) -> Config:
+    """A copy with some fields of some sections replaced."""
+    return dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **fields)
+                                          for name, fields in sections.items()})  # fmt: skip
+
+
+def attention(**fields: Any) -> Config:
+    """A config whose attention differs."""
+    return change(model={"attention": dataclasses.replace(CONFIG.model.attention, **fields)})
+
+
+def sparse(**fields: Any) -> Config:
+    """A mixture of four experts, two a token."""
+    moe = dataclasses.replace(CONFIG.model.moe, num_experts=4, top_k=2, expert_mlp_dim=16, **fields)
+    return change(model={"moe": moe})
+
+
+CONFIGS = {
+    "dense": CONFIG,
+    "tied": change(model={"embeddings": "tied"}),
+    "window": attention(window=9),
+    "capped": attention(softcap=5.0, sinks="learned"),
+    "dropout": change(model={"dropout": 0.2}),
+    "sparse": sparse(),
+    "balanced": sparse(router_bias="balancing"),
+}
+MESHES = {
+    "fsdp along a torus": MeshConfig(data=1, fsdp=8, torus="2x2x2"),
+    "ZeRO-2": MeshConfig(data=2, fsdp=4, shard="gradients"),
+    "ZeRO-1": MeshConfig(data=2, fsdp=2, tensor=2, shard="optimizer"),
+    "ring": MeshConfig(data=1, fsdp=2, context=4),
+    "all_gather": MeshConfig(data=2, context=2, tensor=2, context_method="all_gather"),
+    "ulysses": MeshConfig(data=2, context=2, fsdp=2, context_method="ulysses"),
+    "gpipe": MeshConfig(data=2, stage=2, tensor=2),
+    "circular": MeshConfig(data=2, stage=2, fsdp=2, schedule="circular", rounds=2),
+    "slices": MeshConfig(slice=2, data=1, stage=2, context=2),
+    "expert": MeshConfig(data=1, expert=2, fsdp=2, tensor=2),
+}
