@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmjax.core.errors import RunError
+from llmjax.core.processes import first_alone
 from llmjax.data.chat import EncodedChat, check_messages, encode_chat
 from llmjax.data.shards import Document, TokenStore, write_store
 
@@ -60,12 +61,15 @@ def chat_store(paths: Sequence[Path], tokenizer: Tokenizer, folder: Path) -> Tok
 def cached_store(folder: Path, paths: Sequence[Path], tokenizer: Tokenizer,
                  documents: Callable[[], Iterator[Document]]) -> TokenStore:
     """The store in `folder` if it was made of the same files with the same tokenizer, else a new one."""
-    key = _fingerprint(paths, tokenizer)
-    note = folder / "made_of.txt"
-    if not note.is_file() or note.read_text() != key:
-        write_store(folder, documents(), vocab_size=tokenizer.vocab_size)
-        note.write_text(key)
-        _log.info("%s: %d examples", folder, TokenStore.open(folder).num_documents)
+    def make() -> None:
+        key = _fingerprint(paths, tokenizer)
+        note = folder / "made_of.txt"
+        if not note.is_file() or note.read_text() != key:
+            write_store(folder, documents(), vocab_size=tokenizer.vocab_size)
+            note.write_text(key)
+            _log.info("%s: %d examples", folder, TokenStore.open(folder).num_documents)
+
+    first_alone(f"store {folder.name}", make)
     return TokenStore.open(folder)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmjax.core.config import from_workdir
 from llmjax.core.errors import ConfigError, RunError
+from llmjax.core.processes import first_alone
 from llmjax.core.sections import Config
 from llmjax.data.build import data_folder
 from llmjax.data.registry import SOURCES, find_sources
@@ -27,8 +28,12 @@ def example_files(config: Config, workdir: Path, *, make: Maker) -> list[Path]:
     spec = config.data.sources
     if spec == CORPUS:
         made = workdir / "data" / "examples.jsonl"
-        if not made.exists():
-            write_jsonl(make(read_texts(corpus_documents(Path(config.train.init_from)))), made)
+
+        def write() -> None:
+            if not made.exists():
+                write_jsonl(make(read_texts(corpus_documents(Path(config.train.init_from)))), made)
+
+        first_alone("examples of the corpus", write)
         return [made]
     if spec in SOURCES:
         raise ConfigError(f"data.sources={spec!r} holds documents, task.name={config.task.name!r} needs examples: name "

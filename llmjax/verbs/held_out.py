@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from llmjax.core.processes import first_alone
 from llmjax.core.sections import Config
 from llmjax.core.task import Hook
 from llmjax.data.loader import PackedRows, Shuffled, serve
@@ -30,7 +31,7 @@ def make_hook(config: Config, model: Model, *, data: Path, tokenizer: Tokenizer,
     encoded = tokenizer.encode_batch([document.text for document in documents])
     stored = (Document(f"{index:032x}", np.array([tokenizer.bos_id, *tokens, tokenizer.eos_id]))
               for index, tokens in enumerate(encoded))
-    write_store(workdir / "held_out", stored, vocab_size=tokenizer.vocab_size)
+    first_alone("held out", lambda: write_store(workdir / "held_out", stored, vocab_size=tokenizer.vocab_size))
     store = TokenStore.open(workdir / "held_out")
     plan = pack_plan(store.lengths, seq_len=config.data.seq_len, seed=0)
     share = row_share(jax.sharding.get_mesh())
