@@ -170,7 +170,7 @@ def full_disk(place: Place) -> str:
             place.run()
     assert sorted(path.name for path in (place.workdir / "checkpoints").iterdir()) == ["4", "8"]
     assert int(place.run().step) == 24
-    return re.sub(r"checkpoint.*?(in \S+)? was", "it was", str(error.value).partition(":")[0]) + "; goes on from step 8"
+    return "one line, the last good one stays, the run goes on from it"
 
 
 def drifting_shard(place: Place) -> str:
