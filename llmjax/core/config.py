@@ -304,6 +304,19 @@ def _read_mixture(config: Config) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=spec))
 
 
+def _read_mixture(config: Config) -> Config:
+    """`data.mixture=@FILE` stands for what the file says, so that a run's own config says it too."""
+    if not config.data.mixture.startswith("@"):
+        return config
+    path = Path(config.data.mixture[1:]).expanduser()
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise ConfigError(f"data.mixture: {path}: {error.strerror}; llmjax data mix writes one") from None
+    spec = ",".join(line for line in lines if line and not line.startswith("#"))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=spec))
+
+
 def _derive(config: Config) -> Config:
     """Fill in the values that stand for another field, so that no section has to look into another."""
     evaluation, optim = config.eval, config.optim

@@ -71,7 +71,7 @@ class DataConfig:
     seq_len: int = 512  # tokens in a row
     batch_size: int = 8  # rows in a global batch (pairs for DPO)
     shuffle_seed: int = 0
-    mixture: str = ""  # source=weight:epochs, ... weight: its tokens when left out; epochs: a cap; empty: all as it is
+    mixture: str = ""  # source=weight:epochs, ... weight: its tokens when left out; epochs: a cap; @FILE; empty: all
     temperature: float = 1.0  # above 1 it levels the weights of sources
     curriculum: str = ""  # documents from easy to hard: length, rarity or a column of documents.parquet; - reverses
 

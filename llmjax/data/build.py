@@ -32,7 +32,7 @@ from llmjax.data.manifest import Manifest, SourceCounts
 from llmjax.data.progress import Progress, quiet
 from llmjax.data.registry import Source, find_sources
 from llmjax.data.stage import Engine
-from llmjax.data.tokenizer import Tokenizer, train_tokenizer
+from llmjax.data.tokenizer import Tokenizer, take_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -180,11 +180,8 @@ def _write(corpus: Corpus, sources: list[Source], config: TokenizerConfig, folde
 def make_tokenizer(corpus: Corpus, config: TokenizerConfig, folder: Path, progress: Progress) -> Tokenizer:
     """The configured tokenizer, saved in `folder`; a new one learns from training documents alone."""
     progress("tokenizer", 0.0)
-    if config.path:
-        tokenizer = Tokenizer.load(Path(config.path))
-        tokenizer.save(folder)
-    else:
-        tokenizer = train_tokenizer(_sample(corpus, config.train_bytes), config, folder)
+    make = take_tokenizer if config.path else train_tokenizer
+    tokenizer = make(_sample(corpus, config.train_bytes), config, folder)
     progress("tokenizer", 1.0, f"{tokenizer.vocab_size:,} pieces, {'loaded' if config.path else 'trained'}")
     return tokenizer
 

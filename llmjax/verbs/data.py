@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from llmjax.core.errors import ConfigError
-from llmjax.verbs import data_folder
+from llmjax.verbs import data_folder, data_mix, data_synth
 from llmjax.verbs.common import add_run_arguments, open_run
 
 if TYPE_CHECKING:
@@ -23,11 +23,13 @@ EXCERPT = 60  # characters of a segment shown to people; --json has all of it
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(ACTIONS))
-    actions.add_parser(
+    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join([*ACTIONS, "synth"]))
+    build = actions.add_parser(
         "build", help="raw documents to token shards",
         description="Read, clean, deduplicate and hold out documents, train the tokenizer and write token shards.",
         epilog="example: llmjax data build --config=configs/quickstart.py --workdir=runs/quickstart")
+    build.add_argument("--engine", default="embedded", metavar="NAME[:ADDRESS]",
+                       help="embedded[:WORKERS] (the default), spark[:MASTER] or ray[:ADDRESS]")
     show = actions.add_parser(
         "show", help="a past batch, with its documents, their sources and licences",
         description="Rebuild the batch of a step of a run and name the documents it was made of.",
@@ -35,13 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--step", type=int, default=1,
                       help="the step whose batch is shown, counted as in metrics.jsonl (default 1, the first)")
     data_folder.add_actions(actions)
+    data_mix.add_actions(actions)
     for action in actions.choices.values():
         add_run_arguments(action)
         action.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    data_synth.add_actions(actions)  # the one that needs no run
 
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     """Do the chosen action; returns the exit status."""
+    if args.action == "synth":
+        return data_synth.synth(args)
+    args.overrides = overrides
     config, workdir = open_run(args, overrides)
     return ACTIONS[args.action](config, workdir, args)
 
@@ -51,12 +58,15 @@ def _build(config: Config, workdir: Path, args: argparse.Namespace) -> int:
     from llmjax.core.files import write_json
     from llmjax.data import dataset_card, openlineage
     from llmjax.data.build import build
+    from llmjax.data.engines import open_engine
     from llmjax.track.progress import Stages
 
     if config.data.path:
         raise ConfigError(f"data.path={config.data.path!r}: names data to use; leave it empty to build in --workdir")
-    with openlineage.recorded(workdir, job="data build", config=dataclasses.asdict(config.data)) as recorder:
-        manifest = build(config.data, config.tokenizer, workdir, progress=Stages("data"), reuse="same_inputs")
+    with (open_engine(args.engine) as engine,
+          openlineage.recorded(workdir, job="data build", config=dataclasses.asdict(config.data)) as recorder):
+        manifest = build(config.data, config.tokenizer, workdir, engine=engine, progress=Stages("data"),
+                         reuse="same_inputs")
         recorder.manifest = manifest
     dataset_card.write(manifest)
     if not (workdir / "checkpoints").exists():  # a run that has begun keeps the config it began with
@@ -110,4 +120,4 @@ def _segment_record(segment: Segment, text: str) -> dict[str, Any]:
     return {"row": segment.row, **origin, "start": segment.start, "length": segment.length, "text": text}
 
 
-ACTIONS = {"build": _build, "show": _show, **data_folder.ACTIONS}
+ACTIONS = {"build": _build, "show": _show, **data_folder.ACTIONS, "mix": data_mix.mix}

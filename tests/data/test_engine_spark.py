@@ -1,0 +1,115 @@
+"""Curation on Spark equals the embedded one to the byte, whatever dies on the way."""
+
+import functools
+import hashlib
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from llmjax.core.errors import ConfigError
+from llmjax.core.sections import DataConfig, TokenizerConfig
+from llmjax.data.build import build
+from llmjax.data.engines import open_engine
+
+pytestmark = pytest.mark.slow
+TOKENIZER = TokenizerConfig(vocab_size=400, train_bytes=100_000)
+WORDS = [f"{a}{b}{c}" for a in ("fen", "mor", "tal", "wic") for b in ("a", "o", "ie") for c in ("rd", "st", "lm", "")]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    pytest.importorskip("pyspark")
+    with open_engine("spark:local[2,4]") as spark:
+        yield spark
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> DataConfig:
+    """Six files of articles; copies and chains of near copies across them, an exam, and leaks of it."""
+    rng = random.Random(0)
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = [" ".join(rng.choices(WORDS, k=150)) for _ in range(120)]
+    texts += [texts[i] for i in range(0, 20, 2)]
+    for first in range(20, 40, 4):  # chains: each copy is like the one before
+        words = texts[first].split()
+        for link in range(4):
+            words[link * 9 : link * 9 + 4] = ["changed"] * 4
+            texts.append(" ".join(words))
+    exam = " ".join(rng.choices(WORDS, k=40))
+    texts += [f"{texts[50]} {exam} {texts[51]}"]
+    rng.shuffle(texts)
+    for part in range(6):
+        records = [json.dumps({"id": f"{part}-{i}", "text": text}) for i, text in enumerate(texts[part::6])]
+        (folder / f"{part}.jsonl").write_text("\n".join(records))
+    (folder / "exam.jsonl").write_text(json.dumps({"id": "exam", "text": exam}))
+    return DataConfig(sources=f"{folder}/[0-9].jsonl", holdouts=f"{folder}/exam.jsonl", holdout_fraction=0.1)
+
+
+@pytest.fixture(scope="module")
+def embedded(corpus, tmp_path_factory) -> dict[str, str]:
+    return contents(build(corpus, TOKENIZER, tmp_path_factory.mktemp("embedded")).folder)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*") if path.is_file()}  # fmt: skip
+
+
+def test_the_folder_is_the_same_to_the_byte(engine, corpus, embedded, tmp_path):
+    manifest = build(corpus, TOKENIZER, tmp_path / "spark", engine=engine)
+    assert contents(tmp_path / "spark") == embedded
+    assert {"exact_duplicate", "near_duplicate", "leak"} <= manifest.dropped.keys()
+
+
+def die_once(function, marker: Path, item):
+    """`function`, but the first process that comes here is killed in the middle of its work."""
+    result = function(item)
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return result
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Deadly:
+    """An engine of which one worker dies while it works."""
+
+    def __init__(self, engine, marker: Path):
+        self._engine, self._marker = engine, marker
+        self.duplicates = engine.duplicates
+
+    def map(self, function, items):
+        return self._engine.map(functools.partial(die_once, function, self._marker), items)
+
+
+def test_a_killed_worker_changes_nothing(engine, corpus, embedded, tmp_path):
+    build(corpus, TOKENIZER, tmp_path / "spark", engine=Deadly(engine, tmp_path / "died"))
+    assert (tmp_path / "died").exists()
+    assert contents(tmp_path / "spark") == embedded
+
+
+def test_components_are_those_of_a_plain_search(engine):
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components as reference
+
+    from llmjax.data.engine_spark import connected_components
+
+    rng = random.Random(1)
+    pairs = [(i, i + 1) for i in range(40, 60)] + [(rng.randrange(200), rng.randrange(200)) for _ in range(120)]
+    engine._spark.sparkContext.setCheckpointDir(str(engine._scratch / "checkpoints"))
+    found = connected_components(engine._spark.createDataFrame(pairs, "a long, b long")).collect()
+    starts, ends = zip(*pairs, strict=True)
+    labels = reference(coo_array(([1] * len(pairs), (starts, ends)), shape=(200, 200)), directed=False)[1].tolist()
+    first = [labels.index(label) for label in labels]
+    assert sorted((row["order"], row["kept"]) for row in found) == [
+        (i, root) for i, root in enumerate(first) if i != root]  # fmt: skip
+
+
+def test_an_unknown_engine_is_wrong_use():
+    with pytest.raises(ConfigError, match="--engine=flink: no such engine; there are embedded, spark, ray"), (
+        open_engine("flink")):  # fmt: skip
+        pass
