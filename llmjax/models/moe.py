@@ -35,7 +35,7 @@ class MoE(nnx.Module):
         self.router = Router(config, rngs)
         self.experts = Experts(config, rngs)
         if config.moe.num_shared_experts:
-            self.shared = MLP(config, rngs, mlp_dim=config.moe.num_shared_experts * config.moe.expert_mlp_dim)
+            self.shared = MLP(config, rngs, mlp_dim=config.moe.num_shared_experts * expert_width(config))
 
     def __call__(self, x_BTD: jax.Array, *, real_BT: jax.Array,
                  noise: Noise | None = None) -> tuple[jax.Array, RouterSums]:
@@ -109,7 +109,7 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config, self.dtype = config, config.compute_dtype
-        E, D, F = config.moe.num_experts, config.dim, config.moe.expert_mlp_dim
+        E, D, F = config.moe.num_experts, config.dim, expert_width(config)
         init, dtype = nnx.initializers.normal(config.init_scale), config.param_dtype
         self.gate = param(rngs, (E, D, F), axes=("expert", "embed", "mlp"), init=init, dtype=dtype)
         self.up = param(rngs, (E, D, F), axes=("expert", "embed", "mlp"), init=init, dtype=dtype)
@@ -133,6 +133,11 @@ class Experts(nnx.Module):
             bias_LD = collectives.enter_tensor(weight(self.down_bias, self.dtype)) / collectives.manual_size("tensor")
             out_RD = out_RD + _of_rows(bias_LD, expert_R)
         return out_RD
+
+
+def expert_width(config: ModelConfig) -> int:
+    """The inner width of an expert."""
+    return config.moe.expert_mlp_dim or config.mlp_dim
 
 
 def places(experts_GSK: jax.Array, real_GS: jax.Array, *, num_experts: int, capacity: int) -> jax.Array:

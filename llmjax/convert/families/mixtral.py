@@ -71,7 +71,7 @@ QWEN3_MOE = Family(
         common.HEAD_DIM,
         Field("rms_norm_eps", "norm_eps", 1e-6),
         Field("attention_bias", "attention.bias", False, common.ON),
-        Field("num_experts", "moe.num_experts", 128),
+        Field("num_experts", "moe.num_experts", lambda theirs: theirs.get("num_local_experts", 128)),
         Field("num_experts_per_tok", "moe.top_k", 8),
         Field("moe_intermediate_size", "moe.expert_mlp_dim", 768),
         Field("norm_topk_prob", "moe.weights", False, NORMALISED),
