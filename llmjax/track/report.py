@@ -144,5 +144,6 @@ def _sections(facts: Facts) -> list[tuple[str, list[tuple[str, str]]]]:
     energy = [("energy", f"{used.kwh * 1000:.3g} Wh"), ("carbon", f"{used.kg_co2eq * 1000:.3g} g CO2eq"),
               ("measured", duration(used.seconds)), ("method", used.method)] if used else []
     return [("Results", results), ("Model", cards.model_rows(facts)), ("Training", cards.training_rows(facts)),
+            ("Predicted and measured", facts.results.get("prediction", [])),
             ("Where the time went", goodput.rows(facts.workdir)), ("Energy and carbon", energy),
             ("Provenance", cards.lineage_rows(facts))]

@@ -2,7 +2,7 @@
 
 results.json is a flat JSON object; all of it is optional: `num_params`, `steps`, `tokens` (targets learnt from),
 `seconds` (of training), `device` ("4 TPU v5p"), `bits_per_byte`, `perplexity`, `gzip_bits_per_byte`,
-`held_out_documents`, `held_out_bytes`, `sample` (a completion with its prompt).
+`held_out_documents`, `held_out_bytes`, `sample` (a completion with its prompt), `prediction` (rows of label and text).
 """
 
 from __future__ import annotations

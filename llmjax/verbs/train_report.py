@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from llmjax.core import config as configs
 from llmjax.core.files import write_json
@@ -21,6 +22,7 @@ from llmjax.evals import bits
 from llmjax.evals.run import read_holdout
 from llmjax.models import flops
 from llmjax.models.decoder import Model
+from llmjax.plan import predicted
 from llmjax.serve.engine import Engine
 from llmjax.serve.sampling import SamplingParams
 from llmjax.track import goodput
@@ -28,7 +30,9 @@ from llmjax.track.carbon import CarbonMeter
 from llmjax.track.cards import FILE as CARD
 from llmjax.track.lineage import trace
 from llmjax.track.logbook import Event, Logbook
-from llmjax.track.metrics import MultiWriter, open_writers
+from llmjax.track.memory import device_peak_bytes
+from llmjax.track.metrics import FILE as METRICS
+from llmjax.track.metrics import MultiWriter, open_writers, read_metrics
 from llmjax.track.progress import ProgressLine, Stages
 from llmjax.track.report import write_report
 from llmjax.track.run import FILE as RESULTS
@@ -97,6 +101,7 @@ class Session:
                                  config.eval.seq_len or config.data.seq_len)
         if config.eval.prompt:
             results["sample"] = _sample(config.eval.prompt, Engine(run.model, params, tokenizer=tokenizer), tokenizer)
+        results["prediction"] = _prediction(config, self._workdir)
         write_json(self._workdir / RESULTS, results)
         self._carbon.stop()
         written = write_report(self._workdir)
@@ -110,6 +115,16 @@ def enter_changes(config: Config, workdir: Path) -> None:
     if (workdir / configs.CONFIG_FILE).exists():
         for path, (old, new) in configs.changes(configs.from_workdir(workdir), config).items():
             Logbook(workdir).enter("warning", f"{path} is {new!r} from here on, it was {old!r}")
+
+
+def _prediction(config: Config, workdir: Path) -> list[tuple[str, str]]:
+    """What was expected of a step beside what came, as label and text."""
+    rates = read_metrics(workdir / METRICS).get("tokens_per_second")
+    peak = device_peak_bytes()
+    return predicted.compare(predicted.predict(config, workdir),
+                             tokens_per_step=config.data.batch_size * config.data.seq_len,
+                             tokens_per_second=float(np.median(rates.values)) if rates else None,
+                             memory_gb=peak / 1e9 if peak else None)
 
 
 def _devices() -> str:

@@ -1,0 +1,141 @@
+"""Our compiled steps beside MaxText's on the same work: memory against time, one counter for both.
+
+    python benchmarks/plan_table.py                          # the table of what is already compiled
+    python benchmarks/plan_table.py --compile=llama3_8b      # compile its points first: minutes each
+
+Every figure is an estimate of the TPU compiler; nothing ran on a chip. MaxText's rows (August 2026, pure FSDP, splash
+attention, AdamW in float32, bfloat16 compute, libtpu 0.0.42.1, the same as ours) were counted from its scheduled
+program: estimated_cycles times loop trips at the chip's clock, attention kernels between 50 and 70 % of peak (their
+middle, 60 %, is taken here), synchronous collectives exposed. Its communication was counted over all links of a chip at
+once, as for groups that span the whole slice; v6e's 8x8 does not close into rings and has half of them, so that row's
+is doubled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "runs" / "plan_table"
+ATTENTION_SHARE = 0.60  # of the peak
+REMATS = ("full", "save_matmuls", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A row of MaxText's."""
+
+    work: str
+    recipe: str
+    topology: str
+    batch_size: int
+    gigabytes: float  # argument + temp, a chip
+    seconds: float  # compute + exposed communication, attention included
+
+
+def attention_seconds(*, layers: int, heads: int, head_dim: int, seq_len: int, tokens: int, peak: float) -> float:
+    """Causal attention of a step with one more forward pass for recomputation, at ATTENTION_SHARE of the peak."""
+    flops = (2 + 2 + 7) * 2 * layers * heads * head_dim * tokens * seq_len / 2  # forward twice, dkv and dq kernels
+    return flops / (ATTENTION_SHARE * peak)
+
+
+V5P, V6E = 459e12, 918e12
+ATTENTION_8B = attention_seconds(layers=32, heads=32, head_dim=128, seq_len=8192, tokens=2 * 8192, peak=V5P)
+ATTENTION_8B_V6E = ATTENTION_8B * V5P / V6E
+ATTENTION_70B = attention_seconds(layers=80, heads=64, head_dim=128, seq_len=8192, tokens=2 * 8192, peak=V5P)
+# Compute and communication as counted; the estimated MFU beside them (0.49 to 0.53 in the first row) comes out when
+# attention is added.
+PEERS = (
+    Peer("8B, 64 v5p, 2 x 8192", "llama3_8b", "v5p:4x4x4", 128, 1.51 + 18.58, 2.778 + 0.110 + ATTENTION_8B),
+    Peer("8B, 64 v5p, 4 x 8192", "llama3_8b", "v5p:4x4x4", 256, 1.51 + 35.93, 5.515 + 0.110 + 2 * ATTENTION_8B),
+    Peer("8B, 64 v5p, 2 x 8192, minimal remat", "llama3_8b", "v5p:4x4x4", 128, 1.51 + 64.37,
+         2.563 + 0.110 + ATTENTION_8B),
+    Peer("8B, 64 v5p, 2 x 8192, overlap flags", "llama3_8b", "v5p:4x4x4", 128, 1.51 + 18.92,
+         2.771 + 0.059 + ATTENTION_8B),
+    Peer("8B, 64 v6e, 2 x 8192", "llama3_8b", "v6e:8x8", 128, 1.51 + 15.68, 2.195 + 2 * 0.168 + ATTENTION_8B_V6E),
+    Peer("70B, 128 v5p, 2 x 8192", "llama3_70b", "v5p:4x4x8", 256, 6.63 + 50.67, 23.76 + 1.03 + ATTENTION_70B),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One of our compiled steps."""
+
+    recipe: str
+    topology: str
+    batch_size: int
+    remat: str
+    accumulation: int
+    gigabytes: float
+    seconds: float
+
+
+def points() -> list[Point]:
+    """All that were compiled."""
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        recipe, _, rows = path.stem.partition(".")[0].rpartition("_b")
+        found.append(Point(recipe, plan["topology"], int(rows), plan["remat"], plan["accumulation"],
+                           plan["hbm_bytes_per_chip"]["total"] / 1e9, plan["step_seconds"]))
+    return found
+
+
+def compile_point(peer: Peer, remat: str, accumulation: int) -> None:
+    """One plan, unless it is there."""
+    path = RESULTS / f"{peer.recipe}_b{peer.batch_size}.{peer.topology.replace(':', '-')}.{remat}.{accumulation}.json"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        return
+    command = [sys.executable, "-m", "llmjax.cli", "plan", f"--config={ROOT / 'configs' / peer.recipe}.py",
+               f"--topology={peer.topology}", f"--config.data.batch_size={peer.batch_size}",
+               f"--config.train.remat={remat}", f"--config.train.accumulation={accumulation}",
+               f"--workdir={RESULTS / path.stem}", f"--json={path}"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        print(f"{path.stem}: refused, status {done.returncode}", file=sys.stderr)
+
+
+def table(ours: list[Point]) -> str:
+    """Each of MaxText's rows, and ours on the same work beneath it with both ratios."""
+    lines = []
+    for peer in PEERS:
+        lines.append(f"{peer.work:40} MaxText {peer.gigabytes:7.2f} GB {peer.seconds:8.3f} s")
+        work = (peer.recipe, peer.topology, peer.batch_size)
+        same = [point for point in ours if (point.recipe, point.topology, point.batch_size) == work]
+        for point in sorted(same, key=lambda p: p.gigabytes):
+            lines.append(f"  remat {point.remat}, {point.accumulation} microbatches".ljust(40)
+                         + f" ours    {point.gigabytes:7.2f} GB {point.seconds:8.3f} s")
+        lines += [f"  {line}" for line in _verdicts(peer, same)] or ["  not compiled yet"]
+    return "\n".join(lines)
+
+
+def _verdicts(peer: Peer, same: list[Point]) -> list[str]:
+    """The two ratios: at equal memory in time, at equal time in memory."""
+    within = [p.seconds for p in same if p.gigabytes <= peer.gigabytes]
+    as_fast = [p.gigabytes for p in same if p.seconds <= peer.seconds]
+    lines = [f"at equal memory {min(within) / peer.seconds:.2f}x of its time"] if within else []
+    lines += [f"at equal time {min(as_fast) / peer.gigabytes:.2f}x of its memory"] if as_fast else []
+    return lines
+
+
+def main() -> None:
+    """Compile what is asked for and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--compile", default="", metavar="RECIPE", help="compile the points of a recipe first")
+    parser.add_argument("--accumulation", default="1,2", metavar="N,N", help="microbatches to try (default 1,2)")
+    args = parser.parse_args()
+    for peer in (peer for peer in PEERS if peer.recipe == args.compile):
+        for remat in REMATS:
+            for accumulation in map(int, args.accumulation.split(",")):
+                compile_point(peer, remat, accumulation)
+    print(table(points()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What was expected of a run, for its report: the plan kept in its workdir, else the analytic models."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.core.mesh import mesh_sizes
+from llmjax.core.sections import Config
+from llmjax.models.flops import peak_flops
+from llmjax.plan.chips import CHIPS
+from llmjax.plan.memory import layout_of, memory
+from llmjax.plan.speed import Machine, seconds
+
+PROBE = 1024  # rows and columns of the matrix product that measures a machine without a published peak
+PROBE_RUNS = 4
+SHARED_MEMORY_BANDWIDTH = 5e9  # bytes/s between devices that are threads of one machine
+
+
+def predict(config: Config, workdir: Path) -> dict[str, Any]:
+    """`step_seconds`, `memory_gb` of a device and the `method` behind them, for the devices of this process's run."""
+    devices = jax.devices()
+    for path in sorted((workdir / "plan").glob("*.json")):
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        if plan["chips"] * CHIPS[plan["topology"].split(":")[0]].devices_per_chip == len(devices):
+            total = plan["hbm_bytes_per_chip"]["total"] / CHIPS[plan["topology"].split(":")[0]].devices_per_chip
+            return {"step_seconds": plan["step_seconds"], "memory_gb": total / 1e9,
+                    "method": f"llmjax plan for {plan['topology']}: compiler estimates"}
+    layout = layout_of(config, mesh_sizes(config.mesh, len(devices)))
+    machine, source = local_machine(config.model.compute_dtype)
+    return {"step_seconds": seconds(layout, machine).total, "memory_gb": memory(layout).total / 1e9,
+            "method": f"analytic models of llmjax plan; {source}"}
+
+
+def local_machine(dtype: str) -> tuple[Machine, str]:
+    """The devices of this process as the analytic model of time wants them, and in words where its peak is from."""
+    devices = jax.devices()
+    chip = next((chip for chip in CHIPS.values() if chip.device_kind == devices[0].device_kind), None)
+    peak = peak_flops(devices[0].device_kind)
+    if peak:
+        link = chip.link_bandwidth if chip else 50e9  # NVLink and its kin are faster, a network is slower
+        return Machine(peak, link, (len(devices),), wraps=True), f"peak of {devices[0].device_kind} as published"
+    # Devices without a published peak are a CPU's, which share it.
+    rate = matmul_rate(dtype) / len(devices)
+    return Machine(rate, SHARED_MEMORY_BANDWIDTH / len(devices), (len(devices),), wraps=False), (
+        f"a matrix product of {PROBE} x {PROBE} measured {rate * len(devices) / 1e9:.0f} GFLOP/s")
+
+
+def matmul_rate(dtype: str) -> float:
+    """FLOP/s of one device in a square matrix product, the best of a few runs."""
+    x = jnp.ones((PROBE, PROBE), dtype)
+    multiply = jax.jit(lambda x: x @ x)
+    multiply(x).block_until_ready()
+    times = []
+    for _ in range(PROBE_RUNS):
+        began = time.perf_counter()
+        multiply(x).block_until_ready()
+        times.append(time.perf_counter() - began)
+    return 2 * PROBE**3 / min(times)
+
+
+def compare(predicted: dict[str, Any], *, tokens_per_step: int, tokens_per_second: float | None,
+            memory_gb: float | None) -> list[tuple[str, str]]:
+    """Predicted and measured side by side, as label and text; what was not measured says so."""
+    measured = tokens_per_step / tokens_per_second if tokens_per_second else None
+    return [
+        ("step time", _beside(predicted["step_seconds"], measured, "s")),
+        ("memory of a device", _beside(predicted["memory_gb"], memory_gb, "GB")),
+        ("how it was predicted", predicted["method"]),
+    ]
+
+
+def _beside(predicted: float, measured: float | None, unit: str) -> str:
+    if measured is None:
+        return f"{predicted:.3g} {unit} predicted; not measured on these devices"
+    return f"{predicted:.3g} {unit} predicted, {measured:.3g} {unit} measured ({measured / predicted:.2f}x)"
