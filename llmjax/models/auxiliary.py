@@ -17,8 +17,9 @@ from llmjax.core.model_sections import ModelConfig
 from llmjax.core.task import Params
 from llmjax.models.router import RouterSums, moved_bias
 
-BLOCKS = ("blocks", "mlp", "router")  # where routers are among the parameters
-DEPTHS = ("multi_token", "block", "mlp", "router")
+# Where routers are among the parameters.
+BLOCKS: tuple[str, ...] = ("blocks", "mlp", "router")
+DEPTHS: tuple[str, ...] = ("multi_token", "block", "mlp", "router")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,12 +50,12 @@ class LatentAttention(nnx.Module):
         init, dtype = nnx.initializers.normal(config.init_scale), config.param_dtype
         heads = ("heads", "head_dim")
         if Q:
-            self.q_down = param(rngs, (D, Q), axes=("embed", "vector"), init=init, dtype=dtype)
+            self.q_down = param(rngs, (D, Q), axes=("embed", None), init=init, dtype=dtype)
             self.q_norm = LatentNorm(Q, rngs, dtype=dtype)
             self.q_up = param(rngs, (Q, N, H + P), axes=("latent", *heads), init=init, dtype=dtype)
         else:
             self.q = param(rngs, (D, N, H + P), axes=("embed", *heads), init=init, dtype=dtype)
-        self.kv_down = param(rngs, (D, R + P), axes=("embed", "vector"), init=init, dtype=dtype)
+        self.kv_down = param(rngs, (D, R + P), axes=("embed", None), init=init, dtype=dtype)
         self.kv_norm = LatentNorm(R, rngs, dtype=dtype)
         self.kv_up = param(rngs, (R, N, H + W), axes=("latent", *heads), init=init, dtype=dtype)
         self.o = param(rngs, (N, W, D), axes=(*heads, "embed"), init=output_init(config), dtype=dtype)

@@ -57,7 +57,7 @@ class Depth(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, mlp: Literal["dense", "moe"]):
         self.dtype = config.compute_dtype
         self.token_norm, self.hidden_norm = Norm(config, rngs), Norm(config, rngs)
-        self.join = param(rngs, (2, config.dim, config.dim), axes=(None, "embed", "vector"),
+        self.join = param(rngs, (2, config.dim, config.dim), axes=(None, "embed", None),
                           init=nnx.initializers.normal(config.init_scale), dtype=config.param_dtype)
         self.block = Block(config, rngs, mlp=mlp)
         self.norm = Norm(config, rngs)
