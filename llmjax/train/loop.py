@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import optax
 import psutil
 from jax.sharding import Mesh
 
@@ -31,10 +34,10 @@ from llmjax.train.build import build_training
 from llmjax.train.checkpoint import Checkpointer, Meta, check_meta
 from llmjax.train.checkup import Checkup
 from llmjax.train.fault import StopSignals, restart_when_a_peer_is_lost
+from llmjax.train.gradients import make_loss_and_grad
 from llmjax.train.guard import Guard, Trouble
 from llmjax.train.reporter import Profiler, Reporter
 from llmjax.train.state import TrainState
-from llmjax.train.step import make_eval_step
 from llmjax.train.watchdog import Watchdog
 
 
@@ -170,17 +173,22 @@ def _call_hooks(run: Run, step: int, state: TrainState, *, report: Reporter, gua
 
 
 def _still_good(run: Run, state: TrainState, guard: Guard) -> bool:
-    """Whether a state that ends in bad steps is itself good: its loss on the last batch that was fine.
+    """Whether a state that ends in bad steps is itself good: its loss and gradient on the last batch that was fine.
 
     Otherwise one bad batch at the end would cost a roll-back.
     """
     trouble = guard.unsettled()
     if trouble is None or trouble.first < 2:
         return False
+
+    def look(params: Params, frozen: Params, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        out, grads = make_loss_and_grad(run.model, run.task.loss, num_microbatches=run.config.train.accumulation)(
+            params, frozen, batch, jax.random.key(run.config.train.seed))
+        return out.loss_sum / jnp.maximum(out.weight, 1.0), optax.tree.norm(grads)
+
     batch = put_batch(next(run.task.batches(start_step=trouble.first - 2)), run.mesh)
-    out = jax.jit(make_eval_step(run.model, run.task.loss))(state.params, run.task.frozen, batch)
-    loss = float(out.loss_sum) / max(float(out.weight), 1.0)
-    return loss <= guard.typical_loss + run.config.guard.loss_rise
+    loss, norm = (float(value) for value in jax.jit(look)(state.params, run.task.frozen, batch))
+    return math.isfinite(norm) and loss <= guard.typical_loss + run.config.guard.loss_rise
 
 
 def _roll_back(run: Run, state: TrainState, trouble: Trouble, *, tried: int,
