@@ -35,7 +35,7 @@ AT_LEAST: dict[str, float] = {
     "model.init_scale": 0, "model.rope_scaling.factor": 1, "model.rope_scaling.original_seq_len": 1,
     "tokenizer.vocab_size": 260, "tokenizer.train_bytes": 1,
     "data.seq_len": 1, "data.batch_size": 1, "data.min_bytes": 0, "data.max_bytes": 1, "data.holdout_fraction": 0,
-    "data.near_duplicate_jaccard": 0, "data.temperature": 0.01,
+    "data.near_duplicate_jaccard": 0, "data.temperature": 0.01, "data.mix_every": 0, "data.mix_rate": 0,
     "optim.learning_rate": 0, "optim.adam_learning_rate": 0, "optim.warmup_steps": 0, "optim.decay_fraction": 0,
     "optim.end_fraction": 0, "optim.b1": 0, "optim.b2": 0, "optim.eps": 0, "optim.weight_decay": 0,
     "optim.clip_norm": 0, "optim.muon_momentum": 0,

@@ -74,6 +74,8 @@ class DataConfig:
     mixture: str = ""  # source=weight:epochs, ... weight: its tokens when left out; epochs: a cap; @FILE; empty: all
     temperature: float = 1.0  # above 1 it levels the weights of sources
     curriculum: str = ""  # documents from easy to hard: length, rarity or a column of documents.parquet; - reverses
+    mix_every: int = 0  # steps after which the weights of the mixture follow the losses of its sources; 0: never
+    mix_rate: float = 1.0  # weights are multiplied by exp(mix_rate * loss in nats)
 
 
 # Slowest interconnect first: slices talk over the data-centre network, tensor-parallel neighbours over the fastest.

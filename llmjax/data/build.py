@@ -45,7 +45,8 @@ _COLUMNS = ("doc_id", "id", "text", "source", "licence", "path", "author", "url"
 _INNER = {*_COLUMNS, "order", "kind", "encoding", "reason"}  # columns of curation that are not written as scores
 
 # Fields of the data section that say how documents become batches; they leave the folder as it is.
-_BATCHING = {"path", "seq_len", "batch_size", "shuffle_seed"}
+_BATCHING = {"path", "seq_len", "batch_size", "shuffle_seed", "mixture", "temperature", "curriculum", "mix_every",
+             "mix_rate"}
 # What shapes the folder beside the config: our modules and the libraries.
 _CODE = ("registry.py", "read.py", "clean.py", "shingles.py", "dedup.py", "curate.py", "tokenizer.py",
          "tokenizer_backends.py", "tokenizer_train.py", "tokenizer_extend.py", "byte_level.py", "shards.py", "build.py")

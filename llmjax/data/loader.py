@@ -153,6 +153,12 @@ def serve(stream: Stream, *, start_step: int = 0, process_index: int = 0, proces
     return iter(shares.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES)))
 
 
+def read_share(selection: Selection, process_index: int, process_count: int) -> Batch:
+    """One process's part of a global batch: as many rows, in their order, as every other's."""
+    size = len(selection.numbers) // process_count
+    return selection.rows.read(selection.numbers[process_index * size:][:size])
+
+
 @dataclasses.dataclass(frozen=True)
 class _Shares:
     """Grain's random-access source: element n is this process's share of the batch of step n."""
@@ -165,6 +171,4 @@ class _Shares:
         return sys.maxsize
 
     def __getitem__(self, step: int) -> Batch:
-        selection = self.stream.select(step)
-        size = len(selection.numbers) // self.process_count
-        return selection.rows.read(selection.numbers[self.process_index * size:][:size])
+        return read_share(self.stream.select(step), self.process_index, self.process_count)

@@ -142,6 +142,12 @@ class Stage:
         return np.array([supply.tokens(int(taken))
                          for supply, taken in zip(self.supplies, self.taken(slot), strict=True)])
 
+    def next_rows(self, slot: int, source: int) -> Selection:
+        """As many rows as a batch has, of one source that takes part: those it gives next from `slot` on."""
+        place = self.sources.index(source)
+        indices = self.taken(slot)[place] + np.arange(self.batch_size)
+        return Selection(self.rows, self.first_rows[place] + self.supplies[place].rows(indices))
+
     def select(self, slot: int) -> Selection:
         """The rows at the places of a slot."""
         first = (slot - self.first_slot) * self.batch_size
@@ -175,6 +181,18 @@ class Staged:
             for slots in self._timeline.slots(range(self._first_steps[number], end)):
                 totals[list(stage.sources)] += stage.tokens(slots.stop) - stage.tokens(slots.start)
         return dict(zip(self._depot.corpus.names, totals.tolist(), strict=True))
+
+    def weights(self, step: int) -> dict[str, float]:
+        """What that batch is mixed by: shares of rows by source, without regard to caps."""
+        number, slot = self.stage_number(step), self._timeline.slot(step)
+        changes = [weights for first, weights in self._timeline.weights if self._first_slot(number) <= first <= slot]
+        weights = changes[-1] if changes else self._depot.weights(number)
+        return {source: weight / sum(weights.values()) for source, weight in weights.items()}
+
+    def next_rows(self, step: int, source: str) -> Selection:
+        """As many rows as that batch has, of one source alone: those it gives next."""
+        stage = self.stage(self.stage_number(step))
+        return stage.next_rows(self._timeline.slot(step), self._depot.corpus.names.index(source))
 
     def stage_number(self, step: int) -> int:
         """The stage that a step belongs to."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 FILE = "logbook.md"
-Event = Literal["start", "resume", "checkpoint", "evaluation", "warning", "rollback", "stop", "end"]
+Event = Literal["start", "resume", "checkpoint", "evaluation", "mixture", "warning", "rollback", "stop", "end"]
 
 
 class Logbook:

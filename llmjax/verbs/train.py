@@ -182,7 +182,7 @@ def _make_task(config: Config, workdir: Path, tokenizer: Tokenizer, model: Model
     from llmjax.data.build import data_folder
     from llmjax.post import dpo, sft
     from llmjax.train import pretrain
-    from llmjax.train.batch import row_share
+    from llmjax.train.batch import RowShare, row_share
 
     share = dataclasses.asdict(row_share(jax.sharding.get_mesh()))
     if config.task.name == "sft":
@@ -191,6 +191,11 @@ def _make_task(config: Config, workdir: Path, tokenizer: Tokenizer, model: Model
         return dpo.make_task(config, workdir=workdir, tokenizer=tokenizer, reference=parent_params(), **share)
     data = data_folder(config.data, workdir)
     task = pretrain.make_task(config, data=data, workdir=workdir, **share)
+    if config.data.mix_every:
+        from llmjax.train import online_mixing
+
+        mix = online_mixing.make_hook(config, model, data=data, workdir=workdir, share=RowShare(**share))
+        task = dataclasses.replace(task, hooks=(*task.hooks, mix))
     if not config.eval.every:
         return task
     from llmjax.verbs.held_out import make_hook
