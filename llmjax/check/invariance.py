@@ -18,6 +18,7 @@ from llmjax.check import state_bytes
 from llmjax.check.meshes import legal_meshes, name_of
 from llmjax.core import tree
 from llmjax.core.mesh import make_mesh
+from llmjax.core.processes import whole
 from llmjax.core.sections import Config, MeshConfig
 from llmjax.core.task import Batch
 from llmjax.models.decoder import abstract_model, init_params
@@ -99,11 +100,12 @@ def measure(config: Config, mesh_config: MeshConfig, devices: list[jax.Device], 
         key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
         out, grads = gradients(state.params, {}, put_batch(batches[0], mesh), key)
         held = state_bytes.measured((state.params, grads, _moments(state.opt_state, state.params)))
-        whole = {path: np.asarray(leaf) / float(out.weight) for path, leaf in tree.flatten(grads).items()}
+        weight = float(out.weight)
+        on_host = {path: leaf / weight for path, leaf in tree.flatten(whole(grads)).items()}
         del grads
         losses, norm = _losses(training, state, batches, mesh)
     wanted = state_bytes.formula(model, mesh, shard=config.mesh.shard).total
-    return Measured(losses, norm, whole, held, wanted)
+    return Measured(losses, norm, on_host, held, wanted)
 
 
 def _losses(training: Training, state: Any, batches: list[Batch], mesh: jax.sharding.Mesh) -> tuple[np.ndarray, float]:

@@ -116,15 +116,13 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     for path, axis in SPREAD.items():
         section, field = path.split(".")
         _check_spread(path, getattr(getattr(config, section), field), {f"mesh.{axis}": sizes[axis]})
-    layers = {"mesh.stage": sizes["stage"], "mesh.rounds": config.mesh.rounds}
-    _check_spread("model.num_layers", config.model.num_layers, layers)
-    if sizes["context"] > 1:  # each shard holds a piece from the front and one from the back
-        _check_spread("data.seq_len", config.data.seq_len, {"2 * mesh.context": 2 * sizes["context"]})
     for axis in ("stage", "context"):
         if config.model.multi_token and sizes[axis] > 1:
             raise ConfigError(f"mesh.{axis}={sizes[axis]}: with model.multi_token={config.model.multi_token} 1 fits")
-    if config.mesh.rounds > 1:
-        _check_rounds(config, sizes["stage"])
+    if sizes["stage"] > 1 or config.mesh.rounds > 1:
+        _check_stages(config, sizes["stage"])
+    if sizes["context"] > 1:
+        _check_context(config, sizes)
     rows = {f"mesh.{axis}": sizes[axis] for axis in AXIS_NAMES if axis in ROW_AXES}
     accumulation = {"train.accumulation": config.train.accumulation}
     batch_sizes = {"data.batch_size": config.data.batch_size} if not config.stages else {
@@ -134,7 +132,29 @@ def check_fits(config: Config, mesh: Mesh) -> None:
         _check_spread(path, size, rows | {"mesh.stage": sizes["stage"]})
 
 
-def _check_rounds(config: Config, num_stages: int) -> None:
+def _check_context(config: Config, sizes: Mapping[str, int]) -> None:
+    lengths = {"data.seq_len": config.data.seq_len} if not config.stages else {
+        f"stages.{place}.seq_len": stage.seq_len for place, stage in enumerate(config.stages)}
+    for path, length in lengths.items():  # each shard holds a piece from the front and one from the back
+        _check_spread(path, length, {"2 * mesh.context": 2 * sizes["context"]})
+    method = config.mesh.context_method
+    if method == "ulysses":
+        heads = {f"mesh.{axis}": sizes[axis] for axis in ("tensor", "context")}
+        _check_spread("model.num_heads", config.model.num_heads, heads)
+    elif config.model.positions == "alibi":
+        raise ConfigError(f"mesh.context_method={method}: does not know model.positions=alibi; ulysses fits")
+
+
+def _check_stages(config: Config, num_stages: int) -> None:
+    """Every stage holds as many layers of each kind as the others, and whole periods of local and global ones."""
+    period = config.model.attention.global_every if config.model.attention.window else 1
+    parts = {"mesh.stage": num_stages, "mesh.rounds": config.mesh.rounds,
+             "model.attention.global_every": max(period, 1)}  # fmt: skip
+    _check_spread("model.num_layers", config.model.num_layers, parts)
+    if config.model.moe.num_experts:
+        _check_spread("model.moe.num_dense_layers", config.model.moe.num_dense_layers, parts)
+    if config.mesh.rounds == 1:
+        return
     if config.mesh.schedule != "circular":
         raise ConfigError(f"mesh.rounds={config.mesh.rounds}: mesh.schedule={config.mesh.schedule} takes 1; "
                           "mesh.schedule=circular takes more")

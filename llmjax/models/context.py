@@ -68,7 +68,7 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, q_segm
               terms: Terms = NO_TERMS, method: str = "ring") -> jax.Array:
     """`kernel.attention`, over the context axis where that splits the sequence.
 
-    Raises ConfigError for what only `ulysses` can do: prefixes, ALiBi, values wider or narrower than keys.
+    Raises ConfigError for what only `ulysses` can do: prefixes and ALiBi.
     """
     if collectives.manual_size(AXIS) == 1:
         return kernel.attention(q_BTNH, k_BSKH, v_BSKH, q_segment_ids_BT=q_segment_ids_BT,
@@ -132,7 +132,7 @@ def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_id
     queries = _queries(q_BTNH, segment_ids_BT, k_BTKH.shape[2], settings)
     keys = _keys(k_BTKH, v_BTKH, segment_ids_BT)
     top = jnp.full(queries.q.shape[:-1], MASKED, jnp.float32)
-    state = (top, jnp.zeros_like(top), jnp.zeros(queries.q.shape, jnp.float32))
+    state = (top, jnp.zeros_like(top), jnp.zeros((*top.shape, v_BTKH.shape[-1]), jnp.float32))
     attend = functools.partial(_attend, settings=settings)
     if settings.method == "all_gather":
         top, total, summed = attend(state, queries, _gathered(keys))

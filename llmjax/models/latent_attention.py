@@ -18,8 +18,7 @@ from jax import lax
 
 from llmjax.core import collectives
 from llmjax.core.model_sections import ModelConfig, Span
-from llmjax.kernels.attention import api as kernel
-from llmjax.models import rope
+from llmjax.models import context, rope
 from llmjax.models.attention import options
 from llmjax.models.cache import LatentCache
 from llmjax.models.dense import dense
@@ -113,5 +112,6 @@ class LatentAttention(nnx.Module):
         chosen = options(self.attention, span=span)
         head_dim = self.config.qk_nope_head_dim + self.config.qk_rope_head_dim
         chosen = dataclasses.replace(chosen, scale=chosen.score_scale(head_dim))  # not that of the absorbed width
-        return kernel.attention(q, k, v, q_segment_ids_BT=inputs.q_segment_ids_BT,
-                                kv_segment_ids_BS=inputs.kv_segment_ids_BS, q_offset=inputs.q_offset, options=chosen)
+        return context.attention(q, k, v, q_segment_ids_BT=inputs.q_segment_ids_BT,
+                                 kv_segment_ids_BS=inputs.kv_segment_ids_BS, q_offset=inputs.q_offset, options=chosen,
+                                 method=inputs.context_method)
