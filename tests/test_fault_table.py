@@ -29,6 +29,7 @@ from llmjax.core.mesh import make_mesh
 from llmjax.core.sections import Config, MeshConfig
 from llmjax.core.task import Batch, LossOutput, Task
 from llmjax.data.shards import Document, write_store
+from llmjax.track.metrics import read_metrics
 from llmjax.train import durable, pretrain
 from llmjax.train.remote import Bucket
 from llmjax.train.state import TrainState
@@ -201,7 +202,8 @@ def bucket(place: Place) -> str:
         place.run(change(GUARDED, train={"steps": 12}, checkpoint={"remote": remote}))
         elsewhere = Place(place.data, place.workdir.with_name("elsewhere"))
         state = elsewhere.run(change(GUARDED, checkpoint={"remote": remote}))
-    assert int(state.step) == 24 and not elsewhere.logged("warning")
+    assert int(state.step) == 24 and not elsewhere.logged("warning") and Flaky.calls["failed"] > before
+    assert not read_metrics(elsewhere.workdir / "metrics.jsonl")["loss"].steps.tolist().count(12)
     return f"{Flaky.calls['failed'] - before} failed calls tried again; another machine goes on from step 12"
 
 

@@ -6,6 +6,7 @@ set -uo pipefail
 
 [[ $# -gt 0 ]] || { echo "usage: tpu/restart.sh COMMAND [ARGUMENT...]" >&2; exit 2; }
 max_restarts=${MAX_RESTARTS:-100}
+child=
 trap 'stopping=1; kill -TERM "$child" 2>/dev/null' TERM INT
 
 for ((restart = 0; ; restart++)); do

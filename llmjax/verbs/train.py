@@ -42,14 +42,14 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         print(workdir)
         return 0
     from llmjax.core.platform import join_processes
+    from llmjax.core.processes import first_alone
 
     join_processes()
     from llmjax.train.fault import restart_on_sigterm
 
     with restart_on_sigterm():  # the loop has its own way
         _train(config, workdir)
-    print(f"next: {_next_command(config, workdir)}")
-    print(workdir)
+    first_alone("end", lambda: print(f"next: {_next_command(config, workdir)}\n{workdir}"))
     return 0
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,6 +174,72 @@ def test_full_disk_leaves_the_last_good_checkpoint(tmp_path, cube):
         assert_equal(checkpointer.restore(good).state, good)
         checkpointer.save(2, bad, META)
         assert_equal(checkpointer.restore(good).state, bad)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True,
+                             check=False)  # fmt: skip
+    if mounted.returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_disk_that_is_really_full(small_disk, cube):
+    good, bad = make_state(cube, seed=1, dim=2048), make_state(cube, seed=2, dim=2048)
+    with Checkpointer(small_disk / "c", every=1, keep=2) as checkpointer:
+        checkpointer.save(1, good, META)
+        checkpointer.wait()
+        (small_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 65_536))
+        with pytest.raises(RunError, match="not saved, the last good one stays") as error:
+            checkpointer.save(2, bad, META)
+            checkpointer.wait()
+        assert "\n" not in str(error.value)
+        assert [path.name for path in (small_disk / "c").iterdir()] == ["1"]  # what was half written made room again
+        assert_equal(checkpointer.restore(good).state, good)
+        (small_disk / "filler").unlink()
+        checkpointer.save(2, bad, META)
+        assert_equal(checkpointer.restore(good).state, bad)
+
+
+@pytest.mark.parametrize("plant", [lambda path: path.write_bytes(b""), lambda path: path.unlink()])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, cube, plant):
+    state, said = make_state(cube), []
+    with Checkpointer(tmp_path / "c", every=1, keep=2, say=said.append) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state, META | {"data_step": step})
+        checkpointer.wait()
+        plant(next(path for path in (tmp_path / "c/2/progress").glob("**/d/*")))
+        assert checkpointer.restore(like(cube), mesh=cube).meta["data_step"] == 1
+        assert len(said) == 1 and "c/2 is damaged and left out: progress" in said[0]
+        checkpointer.save(2, state, META)
+        assert checkpointer.restore(like(cube), mesh=cube).meta["data_step"] == 7
+
+
+def test_a_checkpoint_describes_itself(tmp_path, cube):
+    save_params(tmp_path / "c", make_state(cube).params, META)
+    saved = json.loads(next((tmp_path / "c/0/meta").glob("*")).read_text())
+    assert saved["mesh"]["fsdp"] == 2 and saved["run"] == META
+    assert saved["leaves"]["params"]["blocks/w"] == {
+        "shape": [2, 16, 8], "dtype": "float32", "spec": [None, "fsdp", "tensor"]}  # fmt: skip
+
+
+def test_a_bucket_brings_a_run_to_another_machine(tmp_path, cube):
+    state, remote = make_state(cube), f"file://{tmp_path}/bucket"
+    with Checkpointer(tmp_path / "c", every=1, keep=1, keep_every=2, remote=remote) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, state, META | {"data_step": step})
+    assert sorted(path.name for path in (tmp_path / "bucket").iterdir()) == ["2", "3"]
+    with Checkpointer(tmp_path / "elsewhere", every=1, keep=1, remote=remote) as checkpointer:
+        restored = checkpointer.restore(like(cube), mesh=cube)
+        assert_equal(restored.state, state)
+        assert restored.meta["data_step"] == 3
 
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path, cube):

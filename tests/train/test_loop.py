@@ -67,7 +67,7 @@ def make_run(config: Config, workdir: Path, data: Path, *, mesh: jax.sharding.Me
              task: Task | None = None, **meta: str) -> loop.Run:
     """A run as the train verb prepares it, on one device unless a mesh is given."""
     mesh = mesh or single_device_mesh()
-    checkpointer = Checkpointer(workdir / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
+    checkpointer = Checkpointer(workdir / "checkpoints", **dataclasses.asdict(config.checkpoint))
     return loop.Run(config, abstract_model(config.model), mesh,
                     task or pretrain.make_task(config, data=data, workdir=workdir), workdir, checkpointer,
                     meta={"tokenizer_hash": "t", "data_hash": "d"} | meta,
