@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 
 import llmjax
-from llmjax.core.mesh import axis_size
+from llmjax.core.mesh import axis_size, mesh_sizes
 from llmjax.core.sections import AXIS_NAMES, Config
 from llmjax.core.tree import flatten
 from llmjax.models.decoder import abstract_model
@@ -22,6 +22,7 @@ from llmjax.plan.compile import CompiledStep, HbmBytes, hbm_bytes
 from llmjax.plan.cost import Carbon, Cost
 from llmjax.plan.count import Collective, OpGroup, StaticKernels, StepCount, count_step
 from llmjax.plan.failures import Failures
+from llmjax.plan.memory import MOMENTS, layout_of, memory
 from llmjax.plan.objections import ADAM_BYTES, Objection, claim_of, objections
 from llmjax.plan.topology import Topology, prepare
 
@@ -29,8 +30,8 @@ Bound = Literal["compute", "communication"]
 
 METHODS = {
     "hbm_bytes_per_chip": "compiler output: memory_analysis(); capacity as published",
-    "hbm_by_kind": "parameters and optimiser counted from shapes and shardings; the rest of the compiler's total split "
-                   "into batch and metrics (arguments) and temporaries, activations among them",
+    "hbm_by_kind": "parameters and optimiser counted from shapes and shardings, the batch is what else the arguments "
+                   "hold; the compiler's temp is split between activations and other temporaries by a model",
     "model_flops_per_chip": "counted by hand from the model's sizes, causal half of attention, no recomputation",
     "compute_seconds": "compiler estimate: estimated_cycles of the scheduled program times loop trips over the chip's "
                        "clock; Pallas kernels by the static cycles of their bundles, never below their FLOPs at peak",
@@ -124,7 +125,7 @@ def make_plan(config: Config, topology: Topology, compiled: CompiledStep, *, siz
         tokens_per_step=tokens,
         steps=config.train.steps,
         hbm_bytes_per_chip=hbm,
-        hbm_by_kind=_by_kind(hbm, parameters, config, topology.chip.devices_per_chip),
+        hbm_by_kind=_by_kind(hbm, parameters, config, topology),
         model_flops_per_chip=flops,
         compute_seconds=counted.compute_seconds,
         exposed_communication_seconds=counted.exposed_communication_seconds,
@@ -157,21 +158,26 @@ def parameter_rows(config: Config, mesh: jax.sharding.Mesh) -> tuple[ParameterRo
         size = leaf.dtype.itemsize
         for dim in local:
             size *= dim
-        rows.append(ParameterRow("/".join(path), leaf.shape, _spec(leaf.sharding.spec), size))
+        rows.append(ParameterRow("/".join(path), leaf.shape, _spec(leaf.sharding), size))
     return tuple(rows)
 
 
-def _spec(spec: jax.sharding.PartitionSpec) -> str:
-    entries = ["+".join((entry,) if isinstance(entry, str) else entry) if entry else "-" for entry in spec]
-    return ", ".join(entries) or "-"
+def _spec(sharding: jax.sharding.NamedSharding) -> str:
+    """The mesh axes that split each dim, those of size one left out."""
+    sizes = sharding.mesh.shape
+    entries = [(entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec]
+    return ", ".join("+".join(axis for axis in entry if sizes[axis] > 1) or "-" for entry in entries) or "-"
 
 
-def _by_kind(hbm: HbmBytes, parameters: tuple[ParameterRow, ...], config: Config, devices: int) -> dict[str, int]:
+def _by_kind(hbm: HbmBytes, parameters: tuple[ParameterRow, ...], config: Config,
+             topology: Topology) -> dict[str, int]:
     """What the chip's memory holds."""
-    weights = devices * sum(row.bytes_per_device for row in parameters)
-    optimiser = weights * (2 if config.optim.name == "adamw" else 1)
-    return {"parameters": weights, "optimiser": min(optimiser, hbm.argument - weights),
-            "batch": max(0, hbm.argument - weights - optimiser), "temporaries": hbm.temp}
+    weights = topology.chip.devices_per_chip * sum(row.bytes_per_device for row in parameters)
+    optimiser = min(weights * MOMENTS.get(config.optim.name, 2), hbm.argument - weights)
+    guess = memory(layout_of(config, mesh_sizes(config.mesh, len(topology.devices))))
+    activations = round(hbm.temp * (guess.residuals + guess.activations) / guess.temp)
+    return {"parameters": weights, "optimiser": optimiser, "batch": hbm.argument - weights - optimiser,
+            "activations": activations, "temporaries": hbm.temp - activations}
 
 
 def describe(plan: Plan) -> str:
