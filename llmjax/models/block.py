@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.core.model_sections import ModelConfig, Span
 from llmjax.models.attention import Attention
@@ -83,7 +84,8 @@ class Block(nnx.Module):
 
     def _after(self, sublayer: str, x_BTD: jax.Array, noise: Noise | None, *, layer: jax.Array,
                site: int) -> jax.Array:
-        """What a sublayer adds to the residual stream."""
+        """What a sublayer adds to the residual stream; train.remat_names knows it as attn_out or mlp_out."""
+        x_BTD = checkpoint_name(x_BTD, f"{sublayer}_out")
         if self.placement != "pre":
             x_BTD = getattr(self, f"{sublayer}_post_norm")(x_BTD)
         if self.scale != 1.0:

@@ -16,6 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.core import collectives
+from llmjax.core.errors import ConfigError
 from llmjax.core.sections import Config
 from llmjax.models import pipeline
 
@@ -34,6 +35,9 @@ REMAT_POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
 }  # fmt: skip
 
 
+REMAT_NAMES = ("block_input", "attn_out", "mlp_out")
+
+
 @dataclasses.dataclass(frozen=True)
 class Execution:
     """How layers are run; nothing here changes what they compute."""
@@ -46,8 +50,11 @@ class Execution:
 
 
 def execution_of(config: Config) -> Execution:
-    """The execution that a config asks for."""
+    """The execution that a config asks for; ConfigError for a name that no block has."""
     names = tuple(name.strip() for name in config.train.remat_names.split(",") if name.strip())
+    for name in names:
+        if name not in REMAT_NAMES:
+            raise ConfigError(f"train.remat_names={name}: the names are {', '.join(REMAT_NAMES)}")
     return Execution(config.train.remat, names, config.mesh.context_method, config.train.accumulation,
                      config.mesh.rounds)
 

@@ -70,9 +70,9 @@ def make_train_step(model: Any, loss: LossFn, optimizer: optax.GradientTransform
         metrics = {"loss": out.loss_sum / weight, "grad_norm": grad_norm, "grad_norm_median": verdict.median,
                    "weight": out.weight, "learning_rate": rate, "finite": verdict.finite, "accepted": verdict.accept}
         metrics |= {name: value / weight for name, value in out.metrics.items()}
-        return TrainState(state.step + 1, params, opt_state, verdict.state), metrics
         if settings.guard.monitors == "full":
             metrics |= group_norms("gradient", grads) | group_norms("update", updates) | group_norms("param", params)
+        return TrainState(state.step + 1, params, opt_state, verdict.state), metrics
 
     return train_step
 

@@ -77,14 +77,14 @@ def test_initial_values_do_not_depend_on_the_mesh() -> None:
     assert sharded["blocks"]["mlp"]["up"].sharding.shard_shape((2, 32, 48)) == (2, 16, 24)
 
 
-@pytest.mark.parametrize("remat", ["full", "save_matmuls"])
+@pytest.mark.parametrize("remat", ["full", "save_matmuls", "save_names", "offload"])
 def test_rematerialisation_changes_no_gradient(remat: str) -> None:
     model, params = decoder.abstract_model(CONFIG), decoder.init_params(CONFIG, jax.random.key(0), None)
     batch = packed()
     cotangent = jax.random.normal(jax.random.key(1), (2, 256, CONFIG.dim))
 
     def scalar(params: dict, remat: str) -> jax.Array:
-        out = decoder.forward(model, params, **batch, execution=Execution(remat=remat))
+        out = decoder.forward(model, params, **batch, execution=Execution(remat, ("block_input", "mlp_out")))
         return jnp.mean(out.hidden_BTD * cotangent)
 
     plain, again = jax.grad(scalar)(params, "none"), jax.grad(scalar)(params, remat)
