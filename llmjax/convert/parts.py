@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from llmjax.core.errors import ConfigError
 from llmjax.core.model_sections import ModelConfig
@@ -36,6 +36,7 @@ class Field:
     ours: str
     default: Any = REQUIRED  # theirs, where config.json says nothing or null; a function is given the whole of it
     values: Mapping[Any, Any] | None = None
+    zero: Literal["zero", "null"] = "zero"  # how theirs says our 0
 
     def to_ours(self, theirs: Mapping[str, Any]) -> Values:
         value = get(theirs, self.theirs, self.default)
@@ -49,7 +50,7 @@ class Field:
     def to_theirs(self, model: ModelConfig) -> Values:
         value = look_up(model, self.ours)
         if self.values is None:
-            return {self.theirs: value}
+            return {self.theirs: None if value == 0 and self.zero == "null" else value}
         names = [name for name, ours in self.values.items() if ours == value]
         return {self.theirs: names[0]} if names else {}
 
@@ -133,7 +134,7 @@ _FACTOR, _ORIGINAL = ("factor", "factor", REQUIRED), ("original_max_position_emb
 ROPE_FIELDS: dict[str, tuple[tuple[str, str, Any], ...]] = {
     "none": (),
     "linear": (_FACTOR,),
-    "dynamic_ntk": (_FACTOR, _ORIGINAL),
+    "dynamic_ntk": (_FACTOR,),
     "llama3": (_FACTOR, ("low_freq_factor", "low_freq_factor", REQUIRED),
                ("high_freq_factor", "high_freq_factor", REQUIRED), _ORIGINAL),
     "yarn": (_FACTOR, _ORIGINAL, ("beta_fast", "beta_fast", 32.0), ("beta_slow", "beta_slow", 1.0),
@@ -155,8 +156,11 @@ class Rope:
     def to_theirs(self, model: ModelConfig) -> Values:
         rope = _rope_to_theirs(model)
         scaled = model.rope_scaling.kind != "none"
+        context = {}
+        if model.rope_scaling.kind == "dynamic_ntk":
+            context = {"max_position_embeddings": model.rope_scaling.original_seq_len}
         return {"rope_parameters": {"rope_theta": model.rope_theta, **rope}, "rope_theta": model.rope_theta,
-                "rope_scaling": rope if scaled else None}
+                "rope_scaling": rope if scaled else None, **context}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +201,9 @@ def _rope_to_ours(rope: Mapping[str, Any], theirs: Mapping[str, Any], *, theta: 
     values = {f"rope_scaling.{ours}": get(rope, name, default) for name, ours, default in ROPE_FIELDS[ROPE_KINDS[kind]]}
     if "rope_scaling.original_seq_len" in values:
         values["rope_scaling.original_seq_len"] = _original_seq_len(rope, theirs)
+    if ROPE_KINDS[kind] == "dynamic_ntk":  # theirs names the base model's context alone
+        original = get(theirs, "max_position_embeddings", 2048)
+        values |= {"rope_scaling.original_seq_len": original, "max_seq_len": int(original * rope["factor"])}
     if isinstance(truncate := values.get("rope_scaling.truncate"), bool):
         values["rope_scaling.truncate"] = "yes" if truncate else "no"
     return {"positions": "rotary", "rope_theta": float(rope.get("rope_theta") or theta),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.core.files import write_atomic
-from llmjax.core.sections import Config
+from llmjax.core.sections import Config, ModelConfig
 from llmjax.track.lineage import versions
 from llmjax.track.progress import duration
 from llmjax.track.run import Facts, short
@@ -170,8 +170,23 @@ def model_rows(facts: Facts) -> list[tuple[str, Any]]:
         ("vocabulary", f"{model.vocab_size:,} pieces, embeddings {model.embeddings}"),
         ("longest context", f"{model.max_seq_len:,} tokens"),
         ("precision", f"{model.compute_dtype} compute, {model.param_dtype} parameters"),
-        ("architecture", "Llama style: RMSNorm, rotary positions, grouped-query attention, SwiGLU"),
+        ("architecture", architecture(model)),
     ]
+
+
+def architecture(model: ModelConfig) -> str:
+    """The parts of a decoder in words."""
+    attention, moe = model.attention, model.moe
+    heads = "grouped-query" if model.num_kv_heads != model.num_heads else "multi-head"
+    parts = [
+        {"rms": "RMSNorm", "layer": "LayerNorm"}[model.norm.kind],
+        f"{model.positions} positions",
+        f"{'latent' if model.latent.kv_lora_rank else heads} attention",
+        f"windows of {attention.window} tokens" if attention.window else "",
+        model.activation,
+        f"{moe.num_experts} experts of which {moe.top_k} a token" if moe.num_experts else "",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def training_rows(facts: Facts) -> list[tuple[str, Any]]:

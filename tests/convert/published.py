@@ -18,7 +18,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
-DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0, "original_max_position_embeddings": 16}
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16,
              "beta_fast": 4.0, "beta_slow": 1.0}  # fmt: skip
 LOCAL = {"sliding_window": 8, "query_pre_attn_scalar": 16, "head_dim": 8}
@@ -32,7 +32,8 @@ class Case:
     fields: dict[str, Any]
 
 
-GPT2_FIELDS = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GPT2_FIELDS = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0,
+               "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 BLOOM_FIELDS = {"vocab_size": 96, "hidden_size": 24, "n_layer": 2, "n_head": 6, "bos_token_id": 1, "eos_token_id": 2}
 MPT_FIELDS = {"vocab_size": 96, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
 SPARSE = TINY | {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -49,7 +50,8 @@ CASES = {
     "llama, one key head, biases, linear rope": Case(
         transformers.LlamaConfig, TINY | {"num_key_value_heads": 1, "head_dim": 16, "attention_bias": True,
                                           "mlp_bias": True, "rope_parameters": LINEAR_ROPE}),
-    "llama, dynamic rope": Case(transformers.LlamaConfig, TINY | {"rope_parameters": DYNAMIC_ROPE}),
+    "llama, dynamic rope": Case(transformers.LlamaConfig, TINY | {
+        "max_position_embeddings": 16, "rope_parameters": DYNAMIC_ROPE}),
     "llama, yarn": Case(transformers.LlamaConfig, TINY | {"rope_parameters": YARN_ROPE}),
     "mistral": Case(transformers.MistralConfig, TINY | {"sliding_window": 8}),
     "qwen2": Case(transformers.Qwen2Config, TINY | {"tie_word_embeddings": True}),

@@ -1,41 +1,56 @@
 """Counts against transformers' meta-device models, hand counts, and jax's own count of matrix products."""
 
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
+import torch
+import transformers
 
-from llmjax.core.sections import ModelConfig
+from llmjax.convert.registry import FAMILIES
+from llmjax.core.model_sections import AttentionConfig, LatentConfig, ModelConfig, MoEConfig
 from llmjax.models.flops import flops_per_token, num_matmul_params, num_params, peak_flops
 
-LLAMA3_8B = ModelConfig(
-    vocab_size=128_256, num_layers=32, dim=4096, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336
-)
-LLAMA32_1B = ModelConfig(
-    vocab_size=128_256, num_layers=16, dim=2048, num_heads=32, num_kv_heads=8, head_dim=64, mlp_dim=8192,
-    embeddings="tied",
-)  # fmt: skip
+
+def sizes(vocab: int, dim: int, mlp: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
+    return {"vocab_size": vocab, "hidden_size": dim, "intermediate_size": mlp, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, **more}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("config", "published"), [(LLAMA3_8B, 8_030_261_248), (LLAMA32_1B, 1_235_814_400)], ids=["8B", "1B"]
-)
-def test_parameters_equal_the_published_and_transformers_count(config: ModelConfig, published: int) -> None:
-    assert num_params(config) == published
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    their_config = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        num_hidden_layers=config.num_layers,
-        hidden_size=config.dim,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.mlp_dim,
-        tie_word_embeddings=config.embeddings == "tied",
-    )
+# The class of transformers' config and the sizes as published; what the authors give as the number of parameters.
+PUBLISHED = {
+    "GPT-2": (transformers.GPT2Config, {}, 124_439_808),
+    "Llama 2 7B": (transformers.LlamaConfig, sizes(32_000, 4096, 11_008, 32, 32, 32), 6_738_415_616),
+    "Llama 3 8B": (transformers.LlamaConfig, sizes(128_256, 4096, 14_336, 32, 32, 8), 8_030_261_248),
+    "Llama 3.2 1B": (transformers.LlamaConfig, sizes(128_256, 2048, 8192, 16, 32, 8, tie_word_embeddings=True),
+                     1_235_814_400),
+    "Mistral 7B": (transformers.MistralConfig, sizes(32_000, 4096, 14_336, 32, 32, 8), 7_241_732_096),
+    "Qwen2 7B": (transformers.Qwen2Config, sizes(152_064, 3584, 18_944, 28, 28, 4), 7_615_616_512),
+    "Qwen3 8B": (transformers.Qwen3Config, sizes(151_936, 4096, 12_288, 36, 32, 8, head_dim=128), 8_190_735_360),
+    "Gemma 2 2B": (transformers.Gemma2Config, sizes(256_000, 2304, 9216, 26, 8, 4), 2_614_341_888),
+    "Gemma 3 1B": (transformers.Gemma3TextConfig, sizes(262_144, 1152, 6912, 26, 4, 1), 999_885_952),
+    "OLMo 2 7B": (transformers.Olmo2Config, sizes(100_352, 4096, 11_008, 32, 32, 32), None),
+    "OLMo 3 7B": (transformers.Olmo3Config, sizes(100_278, 4096, 11_008, 32, 32, 32), None),
+    "GPT-NeoX 20B": (transformers.GPTNeoXConfig, {}, None),
+    "BLOOM 7.1B": (transformers.BloomConfig, {"hidden_size": 4096, "n_layer": 30, "n_head": 32}, 7_069_016_064),
+    "MPT 7B": (transformers.MptConfig, {"d_model": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 50_432},
+               6_649_286_656),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_equal_the_published_and_transformers_count(name: str) -> None:
+    make, fields, published = PUBLISHED[name]
+    theirs = make(**fields)
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(their_config)
-    assert sum(param.numel() for param in model.parameters()) == published
+        model = transformers.AutoModelForCausalLM.from_config(theirs)
+    counted = num_params(FAMILIES[theirs.model_type].to_ours(theirs.to_dict(), dtype="bfloat16"))
+    assert counted == sum(param.numel() for param in model.parameters())
+    assert published in (None, counted)
 
 
 def test_flops_per_token_of_a_model_counted_by_hand() -> None:
@@ -48,6 +63,36 @@ def test_flops_per_token_of_a_model_counted_by_hand() -> None:
     seq_len = 5
     attention = sum(3 * 2 * 2 * 2 * (t + 1) for t in range(seq_len)) / seq_len * config.num_heads * 3
     assert flops_per_token(config, seq_len) == 6 * (3 * per_layer + 40) + attention
+
+
+def test_a_window_spares_keys() -> None:
+    config = ModelConfig(vocab_size=10, num_layers=2, dim=4, num_heads=2, num_kv_heads=2, head_dim=2, mlp_dim=8,
+                         attention=AttentionConfig(window=3, global_every=2))  # fmt: skip
+    keys = (1 + 2 + 3 + 3 + 3) / 5 + (1 + 2 + 3 + 4 + 5) / 5  # the local layer, the global one
+    attention = 3 * 2 * 2 * 2 * 2 * keys  # forward and backward, 2 products, 2 FLOPs, 2 heads of 2 dims
+    assert flops_per_token(config, 5) == pytest.approx(6 * num_matmul_params(config) + attention)
+
+
+def test_biases_norms_and_tables_of_positions_are_multiplied_with_nothing() -> None:
+    plain = ModelConfig(vocab_size=10, num_layers=2, dim=4, num_heads=2, num_kv_heads=2, head_dim=2, mlp_dim=8)
+    dressed = dataclasses.replace(plain, positions="learned", mlp_bias="all",
+                                  attention=AttentionConfig(bias="all", qk_norm="full", sinks="learned"))
+    assert num_matmul_params(dressed) == num_matmul_params(plain)
+    per_layer = 3 * 4 + 4 + 2 * 4 + 2 + 2 * 8 + 4  # biases of q, k, v and o, two norms, sinks, biases of the MLP
+    assert num_params(dressed) - num_params(plain) == 2 * per_layer + 2048 * 4
+
+
+def test_experts_and_latents_counted_by_hand() -> None:
+    config = ModelConfig(
+        vocab_size=10, num_layers=3, dim=8, num_heads=2, num_kv_heads=2, mlp_dim=12,
+        latent=LatentConfig(kv_lora_rank=5, q_lora_rank=3, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=6),
+        moe=MoEConfig(num_experts=4, top_k=2, expert_mlp_dim=7, num_shared_experts=1, num_dense_layers=1),
+    )  # fmt: skip
+    attention = 8 * 3 + 3 * 2 * (4 + 2) + 8 * (5 + 2) + 5 * 2 * (4 + 6) + 2 * 6 * 8
+    dense, sparse = 3 * 8 * 12, 8 * 4 + (2 + 1) * 3 * 8 * 7  # router, two of the experts and the shared one
+    assert num_matmul_params(config) == 3 * attention + dense + 2 * sparse + 80
+    products = 3 * 3 * 2 * 2 * ((4 + 2) + 6) * 3  # 3 layers, forward and backward, 2 FLOPs, 2 heads, 3 keys on average
+    assert flops_per_token(config, 5) == pytest.approx(6 * num_matmul_params(config) + products)
 
 
 def test_matmul_flops_equal_what_xla_counts_for_a_plain_layer() -> None:

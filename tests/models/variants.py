@@ -24,6 +24,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "positions": "none", "attention": {"softcap": 2.0, "bias": "all", "scale": 0.7, "qk_norm": "head"},
         "logit_softcap": 3.0, "residual_scale": 0.5, "embedding_scale": 2.0, "logit_scale": 0.7,
         "norm": {"placement": "post", "scale": "one_plus"}},
+    "latents, experts in groups, shared ones": {
+        "latent": {"kv_lora_rank": 8, "q_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 6},
+        "moe": {"num_experts": 8, "num_groups": 4, "top_groups": 2, "expert_mlp_dim": 12, "num_shared_experts": 1,
+                "num_dense_layers": 1, "score": "sigmoid", "router_bias": "balancing", "balance_loss": 0.1}},
 }  # fmt: skip
 
 

@@ -33,7 +33,7 @@ class LatentRope(Rope):
 
     def to_theirs(self, model: ModelConfig) -> Values:
         values = super().to_theirs(model)
-        if not model.attention.scale:
+        if not model.attention.scale or model.rope_scaling.kind != "yarn" or model.rope_scaling.factor <= 1.0:
             return values
         dims, factor = model.latent.qk_nope_head_dim + model.latent.qk_rope_head_dim, model.rope_scaling.factor
         slope = round((math.sqrt(model.attention.scale * dims**0.5) - 1.0) / (0.1 * math.log(factor)), DIGITS)

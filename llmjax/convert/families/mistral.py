@@ -12,7 +12,7 @@ MISTRAL = Family(
         common.SILU,
         common.HEAD_DIM,
         Field("rms_norm_eps", "norm_eps", 1e-6),
-        Field("sliding_window", "attention.window", 0),
+        Field("sliding_window", "attention.window", 0, zero="null"),
         Given({"attention.global_every": 0}),
         common.UNTIED,
         Rope(),
