@@ -20,9 +20,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from llmjax.core import model_rules
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.files import write_json
-from llmjax.core.model_rules import check_model
 from llmjax.core.sections import AXIS_NAMES, Config, TrainConfig
 from llmjax.core.stage_sections import StageConfig, complete, rate_pieces
 
@@ -30,9 +30,7 @@ CONFIG_FILE = "config.json"
 
 # The least value of each size; a size missing here may be anything its type allows.
 AT_LEAST: dict[str, float] = {
-    "model.vocab_size": 0, "model.num_layers": 1, "model.dim": 1, "model.num_heads": 1, "model.num_kv_heads": 1,
-    "model.head_dim": 1, "model.mlp_dim": 1, "model.max_seq_len": 1, "model.rope_theta": 1, "model.norm_eps": 0,
-    "model.init_scale": 0, "model.rope_scaling.factor": 1, "model.rope_scaling.original_seq_len": 1,
+    **model_rules.AT_LEAST,
     "tokenizer.vocab_size": 260, "tokenizer.train_bytes": 1,
     "data.seq_len": 1, "data.batch_size": 1, "data.min_bytes": 0, "data.max_bytes": 1, "data.holdout_fraction": 0,
     "data.near_duplicate_jaccard": 0, "data.temperature": 0.01, "data.mix_every": 0, "data.mix_rate": 0,
@@ -49,6 +47,7 @@ AT_LEAST: dict[str, float] = {
     "serve.max_queue": 0, "serve.max_new_tokens": 1, "serve.grace_seconds": 0,
 }  # fmt: skip
 AT_MOST: dict[str, float] = {
+    **model_rules.AT_MOST,
     "data.holdout_fraction": 1, "data.near_duplicate_jaccard": 1, "optim.decay_fraction": 1, "optim.end_fraction": 1,
     "optim.b1": 1, "optim.b2": 1, "optim.muon_momentum": 1, "guard.rate_cut": 1,
 }  # fmt: skip
@@ -360,7 +359,7 @@ def _check_stages(config: Config) -> None:
 
 
 def _check_sizes(config: Config) -> None:
-    check_model(config.model)
+    model_rules.check_model(config.model)
     check_multiple("data.batch_size", config.data.batch_size, "train.accumulation", config.train.accumulation)
     for path in ("data.seq_len", "eval.seq_len"):
         if _get(config, path) > config.model.max_seq_len:

@@ -10,29 +10,29 @@ from llmjax.core.model_sections import ModelConfig
 GATED = ("swiglu", "swiglu_clamped", "geglu", "geglu_tanh")
 NUM_LISTED = 2  # divisors named as nearest
 
-# The least and the most value of each number; one that is missing here has its limits in core/config.py, or none.
-LIMITS: dict[str, tuple[float, float]] = {
-    "rope_fraction": (0.0, 1.0), "rope_scaling.low_freq_factor": (0.0, float("inf")),
-    "rope_scaling.beta_slow": (0.0, float("inf")), "rope_scaling.attention_factor": (0.0, float("inf")),
-    "attention.window": (0, float("inf")), "attention.global_every": (0, float("inf")),
-    "attention.local_rope_theta": (0.0, float("inf")), "attention.softcap": (0.0, float("inf")),
-    "attention.scale": (0.0, float("inf")), "logit_softcap": (0.0, float("inf")), "multi_token": (0, float("inf")),
-    "moe.num_experts": (0, float("inf")), "moe.top_k": (1, float("inf")), "moe.expert_mlp_dim": (0, float("inf")),
-    "moe.num_shared_experts": (0, float("inf")), "moe.num_dense_layers": (0, float("inf")),
-    "moe.num_groups": (1, float("inf")), "moe.top_groups": (1, float("inf")),
-    "moe.capacity_factor": (0.0, float("inf")), "moe.group_size": (0, float("inf")),
-    "moe.balance_loss": (0.0, float("inf")), "moe.z_loss": (0.0, float("inf")), "moe.jitter": (0.0, 1.0),
-    "latent.kv_lora_rank": (0, float("inf")), "latent.q_lora_rank": (0, float("inf")),
+# The least value of each number of a model section, by the path that names it in a config.
+AT_LEAST: dict[str, float] = {
+    "model.vocab_size": 0, "model.num_layers": 1, "model.dim": 1, "model.num_heads": 1, "model.num_kv_heads": 1,
+    "model.head_dim": 1, "model.mlp_dim": 1, "model.max_seq_len": 1, "model.norm_eps": 0, "model.init_scale": 0,
+    "model.rope_theta": 1, "model.rope_fraction": 0, "model.rope_scaling.factor": 1,
+    "model.rope_scaling.original_seq_len": 1, "model.rope_scaling.beta_fast": 0, "model.rope_scaling.beta_slow": 0,
+    "model.rope_scaling.attention_factor": 0,
+    "model.attention.window": 0, "model.attention.global_every": 0, "model.attention.local_rope_theta": 0,
+    "model.attention.softcap": 0, "model.attention.scale": 0,
+    "model.residual_scale": 0, "model.embedding_scale": 0, "model.logit_scale": 0, "model.logit_softcap": 0,
+    "model.dropout": 0, "model.multi_token": 0,
+    "model.moe.num_experts": 0, "model.moe.top_k": 1, "model.moe.expert_mlp_dim": 0, "model.moe.num_shared_experts": 0,
+    "model.moe.num_dense_layers": 0, "model.moe.scaling_factor": 0, "model.moe.num_groups": 1,
+    "model.moe.top_groups": 1, "model.moe.bias_update_rate": 0, "model.moe.capacity_factor": 0,
+    "model.moe.group_size": 0, "model.moe.balance_loss": 0, "model.moe.z_loss": 0, "model.moe.jitter": 0,
+    "model.latent.kv_lora_rank": 0, "model.latent.q_lora_rank": 0, "model.latent.qk_nope_head_dim": 1,
+    "model.latent.qk_rope_head_dim": 2, "model.latent.v_head_dim": 1,
 }  # fmt: skip
+AT_MOST: dict[str, float] = {"model.rope_fraction": 1, "model.moe.jitter": 1}
 
 
 def check_model(model: ModelConfig) -> None:
     """Raise ConfigError for the first field that does not fit the others."""
-    for path, (least, most) in LIMITS.items():
-        value = _look_up(model, path)
-        if not least <= value <= most:
-            raise ConfigError(f"model.{path}={value}: at least {least} is needed" if value < least else
-                              f"model.{path}={value}: at most {most} fits")
     for fault in _faults(model):
         raise ConfigError(f"model.{fault}")
 
@@ -41,8 +41,8 @@ def _faults(model: ModelConfig) -> Iterator[str]:
     if model.num_heads % model.num_kv_heads:
         yield (f"num_kv_heads={model.num_kv_heads}: must divide model.num_heads={model.num_heads}; nearest: "
                f"{_nearest_divisors(model.num_heads, model.num_kv_heads)}")
-    if not 0.0 <= model.dropout < 1.0:
-        yield f"dropout={model.dropout}: at least 0 and below 1 is needed"
+    if model.dropout >= 1.0:
+        yield f"dropout={model.dropout}: less than 1 is needed"
     if model.positions == "sinusoidal" and model.dim % 2:
         yield f"dim={model.dim}: sines and cosines alternate, so it must be even"
     yield from _position_faults(model)
@@ -94,9 +94,6 @@ def _latent_faults(model: ModelConfig) -> Iterator[str]:
     for field in ("bias", "qk_norm", "sinks"):
         if (value := getattr(model.attention, field)) != "none":
             yield f"attention.{field}={value!r}: latent attention has none"
-    for field in ("qk_nope_head_dim", "v_head_dim"):
-        if (value := getattr(model.latent, field)) < 1:
-            yield f"latent.{field}={value}: at least 1 is needed"
 
 
 def _moe_faults(model: ModelConfig) -> Iterator[str]:
@@ -118,10 +115,3 @@ def _moe_faults(model: ModelConfig) -> Iterator[str]:
 def _nearest_divisors(whole: int, value: int) -> str:
     divisors = [d for d in range(1, whole + 1) if whole % d == 0]
     return ", ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - value))[:NUM_LISTED])))
-
-
-def _look_up(section: object, path: str) -> float:
-    for name in path.split("."):
-        section = getattr(section, name)
-    assert isinstance(section, (int, float))
-    return section

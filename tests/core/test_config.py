@@ -95,7 +95,7 @@ def test_a_missing_recipe_names_those_spelt_alike(tmp_path: Path) -> None:
         ({"optim": {"learning_rate": float("nan")}}, ["optim.learning_rate=nan", "finite"]),
         ({"data": {"sources": 3}}, ["data.sources=3", "string"]),
         ({"optim": {"schedule": "cosin"}}, ["optim.schedule='cosin'", "'cosine'", "'wsd'"]),
-        ({"model": {"rope_scaling": {"kind": "yarn"}}}, ["model.rope_scaling.kind='yarn'", "'llama3'"]),
+        ({"model": {"rope_scaling": {"kind": "longrope"}}}, ["model.rope_scaling.kind='longrope'", "'llama3'"]),
         ({"train": {"steps": 0}}, ["train.steps=0", "at least 1"]),
         ({"data": {"holdout_fraction": 1.5}}, ["data.holdout_fraction=1.5", "at most 1"]),
         ({"model": {"num_heads": 8, "num_kv_heads": 3}}, ["model.num_kv_heads=3", "model.num_heads=8", "2, 4"]),
