@@ -347,6 +347,8 @@ def _check_limits(config: Config) -> None:
             raise ConfigError(f"{path}={_get(config, path)}: at most {most} fits")
 
 
+    if config.model.moe.capacity_factor and (size := config.model.moe.group_size):
+        check_multiple("data.seq_len", config.data.seq_len, "model.moe.group_size", size)
 def _check_stages(config: Config) -> None:
     for place, stage in enumerate(config.stages):
         path = f"stages.{place}"

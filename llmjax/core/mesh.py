@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -26,7 +27,8 @@ TOKEN_AXES = (*ROW_AXES, "context")
 BATCH_AXES = (*ROW_AXES, "stage")
 # Sizes of a config, and the mesh axis over which what they count is spread.
 SPREAD = {"model.dim": "fsdp", "model.num_heads": "tensor", "model.num_kv_heads": "tensor", "model.mlp_dim": "tensor",
-          "model.vocab_size": "tensor"}  # fmt: skip
+          "model.vocab_size": "tensor", "model.moe.num_experts": "expert", "model.moe.expert_mlp_dim": "tensor",
+          "model.latent.kv_lora_rank": "fsdp", "model.latent.q_lora_rank": "fsdp"}  # fmt: skip
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -114,11 +116,13 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     """Raise ConfigError for the first size of the config that the axes over which it is spread do not divide."""
     sizes = {axis: axis_size(mesh, axis) for axis in AXIS_NAMES}
     for path, axis in SPREAD.items():
-        section, field = path.split(".")
-        _check_spread(path, getattr(getattr(config, section), field), {f"mesh.{axis}": sizes[axis]})
+        _check_spread(path, operator.attrgetter(path)(config), {f"mesh.{axis}": sizes[axis]})
     for axis in ("stage", "context"):
         if config.model.multi_token and sizes[axis] > 1:
             raise ConfigError(f"mesh.{axis}={sizes[axis]}: with model.multi_token={config.model.multi_token} 1 fits")
+    if config.model.moe.capacity_factor and sizes["context"] > 1:
+        raise ConfigError(f"mesh.context={sizes['context']}: with model.moe.capacity_factor="
+                          f"{config.model.moe.capacity_factor} a group of tokens stays together; 1 fits")
     if sizes["stage"] > 1 or config.mesh.rounds > 1:
         _check_stages(config, sizes["stage"])
     if sizes["context"] > 1:

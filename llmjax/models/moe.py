@@ -81,8 +81,12 @@ class MoE(nnx.Module):
         return exchange.send_back(_permute(results_RD, back_R, order_R), counts_XX)
 
     def _with_capacity(self, x_BTD: jax.Array, routing: Routing, *, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Also returns the dropped share of each real token's choices, summed over tokens."""
-        S, K, E = self.config.group_size or x_BTD.shape[1], self.config.top_k, self.config.num_experts
+        """Also returns the dropped share of each real token's choices, summed over tokens.
+
+        A row that groups do not divide, as generation has them, is one group.
+        """
+        T, K, E = x_BTD.shape[1], self.config.top_k, self.config.num_experts
+        S = self.config.group_size if self.config.group_size and T % self.config.group_size == 0 else T
         C = math.ceil(S * K / E * self.config.capacity_factor)
         x_GSD = x_BTD.reshape(-1, S, x_BTD.shape[-1])
         place_GSKC = places(routing.experts_NK.reshape(-1, S, K), real_BT.reshape(-1, S), num_experts=E, capacity=C)

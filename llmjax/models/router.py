@@ -85,7 +85,8 @@ def choose(scores_NE: jax.Array, bias_E: jax.Array | None, *, config: MoEConfig)
         scores_NE = scores_NE + lax.stop_gradient(bias_E)[None]
     if config.num_groups > 1:
         scores_NGE = scores_NE.reshape(scores_NE.shape[0], config.num_groups, -1)
-        best_NG = jnp.sum(lax.top_k(scores_NGE, 2 if config.score == "sigmoid" else 1)[0], axis=-1)
+        num_best = min(2, scores_NGE.shape[2]) if config.score == "sigmoid" else 1
+        best_NG = jnp.sum(lax.top_k(scores_NGE, num_best)[0], axis=-1)
         groups_NK = lax.top_k(best_NG, config.top_groups)[1]
         open_NG = jnp.any(groups_NK[:, :, None] == jnp.arange(config.num_groups)[None, None], axis=1)
         scores_NE = jnp.where(open_NG[:, :, None], scores_NGE, -jnp.inf).reshape(scores_NE.shape)

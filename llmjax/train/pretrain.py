@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.core import collectives
-from llmjax.core.mesh import TOKEN_AXES
 from llmjax.core.sections import Config, TaskConfig
 from llmjax.core.task import Hook, LossFn, LossOutput, Params, Task
 from llmjax.data import interventions
@@ -70,8 +69,8 @@ def _with_further_losses(config: TaskConfig, model: Model, params: Params, batch
         reports |= {DEPTHS: ahead.aux["router"]} if ahead.aux else {}
     routers = auxiliary(model.config, reports)
     # A sum over real tokens becomes a mean over them that weighs as much as the batch does.
-    real = collectives.sum_over(jnp.sum(batch["segment_ids_BT"] > 0, dtype=jnp.float32), TOKEN_AXES)
-    share = collectives.sum_over(total.weight, TOKEN_AXES) / jnp.maximum(real, 1.0)
+    real = collectives.sum_over(jnp.sum(batch["segment_ids_BT"] > 0, dtype=jnp.float32), collectives.SHARE_AXES)
+    share = collectives.sum_over(total.weight, collectives.SHARE_AXES) / jnp.maximum(real, 1.0)
     metrics |= {name: value * share for name, value in routers.metrics.items()}
     return LossOutput(loss_sum + routers.loss_sum * share, total.weight, metrics, routers.loads)
 
