@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmjax.core import collectives
 from llmjax.core.model_sections import ModelConfig, RopeScaling, Span
 
 
@@ -96,7 +97,7 @@ def _yarn_passage(dim: int, *, theta: float, scaling: RopeScaling) -> np.ndarray
 
 def _dynamic_ntk(dim: int, *, theta: float, scaling: RopeScaling, positions_BT11: jax.Array) -> jax.Array:
     """Frequencies (B, 1, 1, R) of a base that grows with the row once it is longer than the original context."""
-    longest_B111 = jnp.max(positions_BT11, axis=1, keepdims=True) + 1.0
+    longest_B111 = collectives.max_over(jnp.max(positions_BT11, axis=1, keepdims=True), "context") + 1.0
     ratio_B111 = jnp.maximum(longest_B111 / scaling.original_seq_len, 1.0)
     base_B111 = theta * (scaling.factor * ratio_B111 - (scaling.factor - 1.0)) ** (dim / (dim - 2))
     exponents_R = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
