@@ -79,7 +79,8 @@ def generate(seeds: Sequence[Example], teachers: Sequence[Teacher], out: Path, *
             on_progress(len(records), verdicts.total())
             turn += 1
     by_teacher = collections.Counter(record["teacher"] for record in records)
-    _check_diversity(by_teacher, settings, out)
+    if len(teachers) > 1:
+        _check_diversity(by_teacher, settings, out)
     accepted = verdicts.pop("", 0)
     health = novelty.health([record["instruction"] for record in records], candidates=accepted + verdicts.total())
     return Report(len(records), dict(verdicts), dict(by_teacher), dataclasses.replace(
@@ -165,7 +166,7 @@ def _record(candidate: Candidate, number: int, turn: int) -> dict[str, Any]:
 
 def _check_diversity(by_teacher: collections.Counter[str], settings: Settings, out: Path) -> None:
     (name, most), total = by_teacher.most_common(1)[0], by_teacher.total()
-    if len(by_teacher) > 1 and most / total > settings.max_teacher:
+    if most / total > settings.max_teacher:
         raise RunError(f"data synth: {name} wrote {most / total:.0%} of {out}, more than --max-teacher="
                        f"{settings.max_teacher}; add a teacher or raise it")
 

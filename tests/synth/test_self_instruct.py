@@ -122,7 +122,7 @@ def test_a_file_is_gone_on_with_even_when_its_last_line_is_half(tmp_path):
 
 
 def test_collapse_stops_with_what_there_is(tmp_path):
-    with pytest.raises(RunError, match="generation collapses: .* candidates were new and valid"):
+    with pytest.raises(RunError, match=r"generation collapses: .* examples in .* stay"):
         run(tmp_path / "out.jsonl", Inventive("poor", words=2), count=100)
     assert 0 < len(lines(tmp_path / "out.jsonl")) < 100
 
@@ -132,6 +132,8 @@ def test_fewer_and_fewer_phrases_are_an_alarm():
     same = novelty.health(["tell me about the river"] * 20, candidates=20)
     limits = {"least_accepted": 0.1, "least_distinct": 0.5}
     assert "word pairs are different" in novelty.alarm(same, seeds, **limits)
+    few = novelty.health(["tell me about the river"], candidates=20)
+    assert "5.0% of the latest candidates were new" in novelty.alarm(few, seeds, **limits)
     assert novelty.alarm(seeds, seeds, **limits) is None
 
 
