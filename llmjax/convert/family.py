@@ -39,7 +39,7 @@ class Family:
         for part in self.parts:
             values |= part.to_ours(theirs)
         nested = unflatten((path.replace(".", "/"), value) for path, value in values.items())
-        return configs.resolve({"model": nested, "data": {"seq_len": 1}}).model
+        return configs.model_section(nested)
 
     def to_theirs(self, model: ModelConfig) -> Values:
         """config.json for a model section; ConfigError for one that the family does not have."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import json
 import math
@@ -23,6 +24,7 @@ from typing import Any, Literal
 from llmjax.core import model_rules
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.files import write_json
+from llmjax.core.model_sections import ModelConfig
 from llmjax.core.sections import AXIS_NAMES, Config, TrainConfig
 from llmjax.core.stage_sections import StageConfig, complete, rate_pieces
 
@@ -75,6 +77,13 @@ def resolve(raw: Mapping[str, Any], overrides: Mapping[str, str] | None = None) 
     config = _derive(config)
     _check_sizes(config)
     return config
+
+
+def model_section(raw: Mapping[str, Any]) -> ModelConfig:
+    """A model section alone, of plain values that fit together; raises ConfigError."""
+    model: ModelConfig = _build(ModelConfig, raw, prefix="model")
+    model_rules.check_model(model)
+    return model
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -268,6 +277,7 @@ def _unknown(path: str) -> ConfigError:
     return ConfigError(f"{path}: no such field; there are {', '.join(siblings or _hints(Config))}")
 
 
+@functools.cache
 def _hints(section: Any) -> dict[str, Any]:
     return typing.get_type_hints(section)
 

@@ -47,7 +47,7 @@ BASE = {"vocab_size": 11, "num_layers": 2, "dim": 8, "num_heads": 2, "num_kv_hea
 
 
 @hypothesis.given(section=SECTIONS)
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=100, deadline=None)
 def test_a_section_comes_back_or_its_refusal_names_a_field(section: dict[str, Any]) -> None:
     try:
         config = configs.resolve({"model": BASE | section, "data": {"seq_len": 8}})
