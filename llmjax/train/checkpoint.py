@@ -184,7 +184,7 @@ class Checkpointer:
             for old in self._surplus(self._bucket.steps()):
                 self._bucket.remove(old)
         except RunError as error:
-            self._say(f"the bucket has no copy of checkpoint {step:,}: {error}")
+            self._say(f"the bucket is behind at checkpoint {step:,}: {error}")
         finally:
             self._uploading.pop(step, None)
 

@@ -13,7 +13,7 @@ from llmjax.core.sections import GuardConfig
 from llmjax.core.task import Task
 from llmjax.models.decoder import Model
 from llmjax.train import monitors
-from llmjax.train.corruption import compare_replicas, replay
+from llmjax.train.corruption import compare_replicas, make_replay
 from llmjax.train.guard import Say
 from llmjax.train.state import TrainState
 
@@ -22,8 +22,10 @@ class Checkup:
     """Every guard.check_every steps; what is wrong goes to the logbook as a warning."""
 
     def __init__(self, config: GuardConfig, model: Model, task: Task, mesh: Mesh, *, say: Say) -> None:
-        self._config, self._model, self._task, self._mesh, self._say = config, model, task, mesh, say
+        self._config, self._task, self._mesh, self._say = config, task, mesh, say
         self._times = monitors.HostTimes()
+        self._replay = make_replay(model, task.loss, mesh)  # compiled when first called
+        self._activations = monitors.make_activations(model)
 
     def worked(self, began: float) -> None:
         """This process has been at work of its own since `began` (time.monotonic)."""
@@ -33,19 +35,22 @@ class Checkup:
         """Whether to look after this step."""
         return bool(self._config.check_every) and step % self._config.check_every == 0
 
-    def look(self, step: int, state: TrainState, batch: Mapping[str, jax.Array], *, loss: float) -> None:
-        """Look at the state after `step`, its batch and its loss."""
+    def look(self, step: int, state: TrainState, batch: Mapping[str, jax.Array], *, loss: float) -> dict[str, float]:
+        """Look at the state after `step`, its batch and its loss; returns metrics."""
         if self._mesh.size > 1:
             for suspect in compare_replicas(state.params, self._mesh):
                 self._say("warning", f"step {step:,}: silent corruption, {suspect}; take it out of the run")
-        if self._config.monitors == "full":
-            for device in replay(self._model, self._task.loss, state.params, self._task.frozen, batch, mesh=self._mesh):
+        if self._config.monitors == "full" and self._mesh.size > 1:
+            for device in self._replay(state.params, self._task.frozen, batch):
                 self._say("warning", f"step {step:,}: {device} computes what its neighbours do not; take it out")
         if jax.process_count() > 1:
             for process, times in monitors.laggards(self._times.gather()).items():
                 self._say("warning", f"step {step:,}: process {process} takes {times:.1f} times the median for its own "
                                      "share of a step")
         self._look_at_embedding(step, state, loss)
+        if self._config.monitors == "full" and "tokens_BT" in batch:
+            return {name: float(value) for name, value in self._activations(state.params, dict(batch)).items()}
+        return {}
 
     def _look_at_embedding(self, step: int, state: TrainState, loss: float) -> None:
         table = tree.flatten(state.params).get(("embedder", "table"))

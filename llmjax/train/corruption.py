@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -86,31 +86,33 @@ def _outvoted(sums: np.ndarray, spec: PartitionSpec, mesh: Mesh) -> list[jax.Dev
     return outvoted
 
 
-def replay(model: Any, loss: LossFn, params: Params, frozen: Params, batch: Mapping[str, jax.Array], *,
-           mesh: Mesh) -> tuple[jax.Device, ...]:
-    """Devices that do not compute what their neighbours compute of the same rows; two forward passes."""
-    with jax.set_mesh(mesh):
-        losses = np.asarray(_twice(model, loss)(params, frozen, dict(batch)))
-    own, previous = losses[:, 0], losses[:, 1]
-    wrong = own != np.roll(previous, -1)  # shard g, as group g and as group g + 1 see it
-    guilty = np.flatnonzero(wrong & np.roll(wrong, 1))
+def make_replay(model: Any, loss: LossFn, mesh: Mesh) -> Callable[..., tuple[jax.Device, ...]]:
+    """(params, frozen, batch) -> devices that do not compute what their neighbours do of the same rows.
+
+    Two forward passes; of two groups of devices that differ both are named.
+    """
+    twice = jax.jit(functools.partial(_twice, model, loss))
     groups = np.moveaxis(mesh.devices, [MESH_AXES.index(axis) for axis in BATCH_AXES], range(len(BATCH_AXES)))
-    return tuple(groups.reshape(own.size, -1)[guilty].ravel())
+
+    def replay(params: Params, frozen: Params, batch: Mapping[str, jax.Array]) -> tuple[jax.Device, ...]:
+        with jax.set_mesh(mesh):
+            losses = np.asarray(twice(params, frozen, dict(batch)))
+        own, previous = losses[:, 0], losses[:, 1]
+        wrong = own != np.roll(previous, -1)  # shard g, as group g and as group g + 1 see it
+        guilty = np.flatnonzero(wrong & np.roll(wrong, 1))
+        return tuple(groups.reshape(own.size, -1)[guilty].ravel())
+
+    return replay
 
 
-@functools.cache
-def _twice(model: Any, loss: LossFn) -> Any:
-    """(params, frozen, batch) -> (groups, 2): a group's loss of its own rows, and of those of the group before."""
+def _twice(model: Any, loss: LossFn, params: Params, frozen: Params, batch: dict[str, jax.Array]) -> jax.Array:
+    """(groups, 2): a group's loss of its own rows, and of those of the group before."""
     def local(params: Params, frozen: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
         groups = lax.axis_size(BATCH_AXES)
         to_next = [(group, (group + 1) % groups) for group in range(groups)]
         before = {name: lax.ppermute(array, BATCH_AXES, to_next) for name, array in batch.items()}
-        return jnp.stack([loss(model, params, frozen, rows, None).loss_sum
-                          for rows in (batch, before)])[None]
+        return jnp.stack([loss(model, params, frozen, rows, None).loss_sum for rows in (batch, before)])[None]
 
-    def twice(params: Params, frozen: Params, batch: dict[str, jax.Array]) -> jax.Array:
-        losses = jax.shard_map(local, in_specs=(leaf_specs(params), leaf_specs(frozen), batch_specs(batch)),
-                               out_specs=PartitionSpec(BATCH_AXES, None), check_vma=False)(params, frozen, batch)
-        return jax.sharding.reshard(losses, PartitionSpec(None, None))
-
-    return jax.jit(twice)
+    losses = jax.shard_map(local, in_specs=(leaf_specs(params), leaf_specs(frozen), batch_specs(batch)),
+                           out_specs=PartitionSpec(BATCH_AXES, None), check_vma=False)(params, frozen, batch)
+    return jax.sharding.reshard(losses, PartitionSpec(None, None))

@@ -118,7 +118,7 @@ def fit(run: Run, state: TrainState, *, writer: Writer, progress: ProgressLine) 
             _call_hooks(run, step, state, report=report, guard=guard, writer=writer)
             if checkup.due(step):
                 report.now()
-                checkup.look(step, state, batch, loss=report.last["loss"])
+                report.write(step, checkup.look(step, state, batch, loss=report.last["loss"]))
             last = step == run.last_step or bool(guard.early_stop)
             stop = signals.agreed(step)
             if run.checkpointer.due(step) or last or stop:

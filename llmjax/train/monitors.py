@@ -12,9 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
-from llmjax.core import tree
+from llmjax.core import collectives, tree
+from llmjax.core.mesh import TOKEN_AXES
 from llmjax.core.task import Params
+from llmjax.models.decoder import Model, forward, logits
+from llmjax.train.batch import batch_specs
+from llmjax.train.gradients import leaf_specs
 
 WINDOW, END = 128, 16  # a trend compares the first and the last END of WINDOW values
 DRIFT = 4.0  # times by which they may differ
@@ -53,6 +58,30 @@ class Trends:
         if before > 0 and not 1 / DRIFT <= now / before <= DRIFT:
             self._say(f"{name} drifts: {before:.3g}, and {WINDOW} records later {now:.3g} at step {step:,}")
             self._seen[name].clear()
+
+
+def make_activations(model: Model) -> Callable[..., dict[str, jax.Array]]:
+    """(params, batch) -> RMS of what the last layer leaves and the largest logit, over each device's first row."""
+    def local(params: Params, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        first = {name: array[:1] for name, array in rows.items()}
+        hidden_BTD = forward(model, params, first["tokens_BT"], positions_BT=first["positions_BT"],
+                             segment_ids_BT=first["segment_ids_BT"]).hidden_BTD
+        found = {"activation/rms": jnp.sqrt(jnp.mean(jnp.square(hidden_BTD.astype(jnp.float32)))),
+                 "activation/largest_logit": jnp.max(jnp.abs(logits(model, params, hidden_BTD)))}
+        return {name: _largest(value) for name, value in found.items()}
+
+    def activations(params: Params, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        rows = {name: batch[name] for name in ("tokens_BT", "positions_BT", "segment_ids_BT")}
+        return jax.shard_map(local, in_specs=(leaf_specs(params), batch_specs(rows)), out_specs=PartitionSpec(),
+                             check_vma=False)(params, rows)
+
+    return jax.jit(activations)
+
+
+def _largest(value: jax.Array) -> jax.Array:
+    for axis in (*TOKEN_AXES, "tensor"):
+        value = collectives.max_over(value, axis)
+    return value
 
 
 @jax.jit

@@ -52,9 +52,7 @@ class Bucket:
         """Fetch a step into `folder` and publish it there when every byte is right; RunError when it is not."""
         staging = folder / f"{step}{durable.ASIDE}"
         shutil.rmtree(staging, ignore_errors=True)
-        prefix = f"{self._root}/{step}/"
-        names = self._try(f"list {prefix}", lambda: self._files.find(prefix))
-        for name in names:
+        for name in self._names(step):
             target = staging / name.split(f"/{step}/", 1)[1]
             target.parent.mkdir(parents=True, exist_ok=True)
             self._try(f"read {name}", lambda name=name, target=target: self._get(name, target))  # type: ignore[misc]
@@ -64,9 +62,14 @@ class Bucket:
 
     def remove(self, step: int) -> None:
         """Delete a step, its hashes first, so that half of it never looks whole."""
-        root = f"{self._root}/{step}"
-        self._try(f"delete {root}", lambda: self._delete(f"{root}/{durable.HASHES}"))
-        self._try(f"delete {root}", lambda: self._delete(root))
+        names = self._names(step)
+        for name in sorted(names, key=lambda name: not name.endswith(f"/{durable.HASHES}")):
+            self._try(f"delete {name}", lambda name=name: self._delete(name))  # type: ignore[misc]
+
+    def _names(self, step: int) -> list[str]:
+        """Every file of a step."""
+        prefix = f"{self._root}/{step}/"
+        return list(self._try(f"list {prefix}", lambda: self._files.find(prefix)))
 
     def _put(self, path: Path, target: str) -> None:
         self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
@@ -79,9 +82,9 @@ class Bucket:
         self._files.invalidate_cache()
         return list(self._files.glob(pattern))
 
-    def _delete(self, path: str) -> None:
-        if self._files.exists(path):
-            self._files.rm(path, recursive=True)
+    def _delete(self, name: str) -> None:
+        if self._files.exists(name):  # a call that failed may have done its work
+            self._files.rm_file(name)
 
     def _try(self, what: str, call: Callable[[], T]) -> T:
         """The result of a call that may fail a few times; RunError when it keeps failing."""

@@ -60,10 +60,15 @@ class Reporter:
         elif due:
             values |= self._rates() | memory_metrics()
         if due:
-            self._trends.see(step, values)
-            self._writer.write(step, values)
+            self.write(step, values)
         self.last |= values
         self._progress.update(step, self.last)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write metrics, and watch their trends."""
+        if values:
+            self._trends.see(step, values)
+            self._writer.write(step, values)
 
     def drop(self) -> None:
         """Forget what is pending: the run is rolled back."""

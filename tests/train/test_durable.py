@@ -98,9 +98,9 @@ class Flaky(MemoryFileSystem):
         self._maybe()
         return super().find(*args, **kwargs)
 
-    def rm(self, *args: Any, **kwargs: Any) -> Any:
+    def rm_file(self, *args: Any, **kwargs: Any) -> Any:
         self._maybe()
-        return super().rm(*args, **kwargs)
+        return super().rm_file(*args, **kwargs)
 
 
 fsspec.register_implementation("flaky", Flaky, clobber=True)

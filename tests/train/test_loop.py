@@ -261,3 +261,17 @@ def test_profiling_leaves_a_trace_of_the_steps_named(data: Path, tmp_path: Path)
     traces = [path for path in (tmp_path / "profile").rglob("*") if path.is_file()]
     assert any(path.name.endswith(".xplane.pb") for path in traces)
     assert any("perfetto" in path.name or path.name.endswith("trace.json.gz") for path in traces)
+
+
+def test_full_monitors_write_what_they_see(data: Path, tmp_path: Path) -> None:
+    config = change(CONFIG, guard={"monitors": "full", "check_every": 3})
+    train(make_run(config, tmp_path, data, mesh=make_mesh(MIXED)), tmp_path)
+    written = read_metrics(tmp_path / "metrics.jsonl")
+    for kind in ("gradient", "update", "param"):
+        parts = [series.values for name, series in written.items() if name.startswith(f"{kind}/")]
+        assert len(parts) >= 4 and (np.array(parts) > 0).all()
+        if kind == "gradient":  # the norms of the parts are those of the whole, which was clipped to one
+            np.testing.assert_allclose(np.sqrt(np.sum(np.square(parts), axis=0)),
+                                       np.minimum(written["grad_norm"].values, 1.0), rtol=1e-5)
+    assert written["activation/rms"].steps.tolist() == [3, 6] and written["activation/largest_logit"].last > 0
+    assert "warning" not in ((tmp_path / "logbook.md").read_text() if (tmp_path / "logbook.md").exists() else "")

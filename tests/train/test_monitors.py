@@ -18,7 +18,7 @@ from llmjax.core.mesh import BATCH_AXES, make_mesh
 from llmjax.core.sections import MeshConfig
 from llmjax.core.task import LossOutput
 from llmjax.train import monitors
-from llmjax.train.corruption import compare_replicas, replay
+from llmjax.train.corruption import compare_replicas, make_replay
 
 
 @pytest.fixture(scope="module")
@@ -117,5 +117,5 @@ def test_a_chip_that_computes_something_else_is_named(mesh: Mesh, bad: int) -> N
         batch = {"x_BT": jax.device_put(rng.uniform(1, 2, (16, 4)).astype(np.float32),
                                         NamedSharding(mesh, P(BATCH_AXES, "context")))}
         params = {"w": jax.device_put(np.ones(4, np.float32), NamedSharding(mesh, P(None)))}
-    found = replay(None, Chip(bad), params, {}, batch, mesh=mesh)
+    found = make_replay(None, Chip(bad), mesh)(params, {}, batch)
     assert found == (() if bad < 0 else (mesh.devices.flat[bad],))
