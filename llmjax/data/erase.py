@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FILE = "erasures.json"
 HASHES = "erased_hashes.json"
+REPORT = "curation.html"
 REASON = "erased"
 PARTIAL = ".erase.partial"
 
@@ -65,7 +66,7 @@ class Erasures:
 class Erase:
     """The stage, after cleaning, that keeps erased documents out of a rebuild; copies under other ids too."""
 
-    erasures: Erasures
+    erasures: Erasures = dataclasses.field(repr=False)  # the manifest names the stage, not what was erased
     name: str = "erase"
 
     def __call__(self, documents: pa.Table) -> pa.Table:
@@ -139,6 +140,7 @@ def _rewrite(folder: Path, manifest: Manifest, gone: list[dict[str, Any]],
                                 vocab_size=store.vocab_size)
     changed = _manifest(manifest, partial, stored, lines)
     (folder / "manifest.json").unlink()
+    (folder / REPORT).unlink(missing_ok=True)  # it quotes documents
     for piece in sorted(partial.iterdir()):
         target = folder / piece.name
         if target.is_dir():
@@ -159,7 +161,8 @@ def _manifest(before: Manifest, partial: Path, stored: list[shards.Shard],
     reasons = [record["reason"] for record in dropped]
     return dataclasses.replace(
         before, num_documents=len(documents), num_tokens=sum(tokens),
-        num_bytes=sum(row["num_bytes"] for row in documents), shards=tuple(stored), files=before.files | new,
+        num_bytes=sum(row["num_bytes"] for row in documents), shards=tuple(stored),
+        files={name: hash_ for name, hash_ in before.files.items() if name != REPORT} | new,
         sources=_recount(before.sources, documents, tokens), holdout=_recount(before.holdout, holdout, None),
         dropped={reason: reasons.count(reason) for reason in sorted(set(reasons))})  # fmt: skip
 

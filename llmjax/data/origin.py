@@ -59,8 +59,8 @@ def trace_document(folder: Path, id_: str) -> list[Trace]:
 
 def made_by(manifest: Manifest) -> dict[str, Any]:
     """What a data folder was made with: the same values give the same bytes."""
-    return {"filters": manifest.config["data"], "versions": manifest.versions, "code_hash": manifest.code_hash,
-            "config_hash": manifest.config_hash, "input_hash": manifest.input_hash,
+    return {"stages": list(manifest.stages), "config": manifest.config, "versions": manifest.versions,
+            "code_hash": manifest.code_hash, "config_hash": manifest.config_hash, "input_hash": manifest.input_hash,
             "tokenizer_hash": manifest.tokenizer_hash, "data_hash": manifest.hash}
 
 

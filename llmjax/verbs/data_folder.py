@@ -67,6 +67,7 @@ def _describe(trace: Trace) -> str:
         kept = f" ({document['kept_id']} was kept instead)" if document.get("kept_id") else ""
         lines.append(f"  dropped  {trace.reason}{kept}")
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    lines += [f"  passed   {stage}" for stage in made["stages"] if trace.place]
     return "\n".join([*lines, f"  made by  code {made['code_hash']}, config {made['config_hash']}, {versions}",
                       f"  data     {made['data_hash']}, inputs {made['input_hash']}"])
 

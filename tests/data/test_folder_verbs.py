@@ -64,6 +64,7 @@ def test_every_token_leads_to_its_document(built):
     manifest = Manifest.load(built)
     assert trace.made_by["data_hash"] == manifest.hash
     assert trace.made_by["versions"] == manifest.versions
+    assert any(stage.startswith("Clean(") for stage in trace.made_by["stages"])
     assert trace.document["licence"] in ("CC0-1.0", "MIT")
     for outside in (-1, position):
         with pytest.raises(RunError, match=f"--token={outside}"):
@@ -144,6 +145,19 @@ def test_the_copies_of_an_erased_document_are_not_let_in_again(folder):
     third = erase(folder, Erasures(ids=frozenset([documents(folder)[0]["id"]])))
     assert {"d3", "copy-of-3", *third.ids} == Erasures.load(folder).ids
     assert len(third.data_hashes) == 2
+
+
+def test_a_rebuild_from_more_sources_leaves_the_erased_out(built, folder, tmp_path):
+    victim = documents(folder)[0]
+    erase(folder, Erasures(ids=frozenset([victim["id"]])))
+    source = tmp_path / "notes.jsonl"
+    again = json.dumps({"id": "under-another-id", "text": victim["text"]})
+    source.write_text((built.parent / "notes.jsonl").read_text() + f"{again}\n")
+    config = DataConfig(sources=str(source), holdout_fraction=0.2, near_duplicate_jaccard=0.9)
+    manifest = build(config, TokenizerConfig(path=str(folder)), folder)
+    assert manifest.dropped["erased"] == 2
+    assert victim["doc_id"] not in {row["doc_id"] for row in documents(folder)}
+    assert victim["id"] not in json.dumps(manifest.stages)
 
 
 def test_held_out_documents_are_erased_too(folder):
