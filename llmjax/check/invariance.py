@@ -24,8 +24,7 @@ from llmjax.core.task import Batch
 from llmjax.models.decoder import abstract_model, init_params
 from llmjax.models.stack import execution_of
 from llmjax.train.batch import put_batch
-from llmjax.train.build import Training, build_training
-from llmjax.train.gradients import make_loss_and_grad
+from llmjax.train.build import build_training
 from llmjax.train.pretrain import make_loss
 
 LOSS_TOLERANCE = 1e-5  # relative, of every step's loss
@@ -90,31 +89,23 @@ def measure(config: Config, mesh_config: MeshConfig, devices: list[jax.Device], 
     """The losses of some steps, and the gradients of the first batch."""
     config = dataclasses.replace(config, mesh=mesh_config)
     model, mesh = abstract_model(config.model), make_mesh(mesh_config, devices)
-    loss = make_loss(config.task, execution=execution_of(config))
-    training = build_training(config, model, loss)
+    training = build_training(config, model, make_loss(config.task, execution=execution_of(config)))
+    gradients, update = jax.jit(training.gradients), jax.jit(training.update, donate_argnums=0)
+    first: dict[tuple[str, ...], np.ndarray] = {}
+    losses, norms, held = [], [], 0
     with jax.set_mesh(mesh):
-        params = init_params(config.model, jax.random.key(config.train.seed), mesh)
-        state = jax.jit(training.init)(params)
-        gradients = jax.jit(make_loss_and_grad(model, loss, num_microbatches=config.train.accumulation,
-                                               gradient_specs=training.placement.gradients))
-        key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
-        out, grads = gradients(state.params, {}, put_batch(batches[0], mesh), key)
-        held = state_bytes.measured((state.params, grads, _moments(state.opt_state, state.params)))
-        weight = float(out.weight)
-        on_host = {path: leaf / weight for path, leaf in tree.flatten(whole(grads)).items()}
-        del grads
-        losses, norm = _losses(training, state, batches, mesh)
+        state = jax.jit(training.init)(init_params(config.model, jax.random.key(config.train.seed), mesh))
+        for batch in batches:
+            out, grads = gradients(state, {}, put_batch(batch, mesh))
+            if not first:
+                weight = float(out.weight)
+                first = {path: leaf / weight for path, leaf in tree.flatten(whole(grads)).items()}
+                held = state_bytes.measured((state.params, grads, _moments(state.opt_state, state.params)))
+            state, metrics = update(state, out, grads)
+            losses.append(float(metrics["loss"]))
+            norms.append(float(metrics["grad_norm"]))
     wanted = state_bytes.formula(model, mesh, shard=config.mesh.shard).total
-    return Measured(losses, norm, on_host, held, wanted)
-
-
-def _losses(training: Training, state: Any, batches: list[Batch], mesh: jax.sharding.Mesh) -> tuple[np.ndarray, float]:
-    step = jax.jit(training.step, donate_argnums=0)
-    metrics = []
-    for batch in batches:
-        state, one = step(state, {}, put_batch(batch, mesh))
-        metrics.append((float(one["loss"]), float(one["grad_norm"])))
-    return np.array([loss for loss, _ in metrics]), metrics[0][1]
+    return Measured(np.array(losses), norms[0], first, held, wanted)
 
 
 def _moments(opt_state: Any, params: Any) -> list[jax.Array]:

@@ -14,17 +14,26 @@ from llmjax.core.task import LossFn, Params
 from llmjax.models.decoder import Model
 from llmjax.optim.build import build_optimizer
 from llmjax.optim.schedule import make_schedule
-from llmjax.train.state import Placement, TrainState, init_state, placement_of
-from llmjax.train.step import StepFn, StepSettings, make_train_step
+from llmjax.train.state import TrainState, init_state, placement_of
+from llmjax.train.step import (
+    GradientFn,
+    StepFn,
+    StepSettings,
+    UpdateFn,
+    make_gradients,
+    make_train_step,
+    make_update,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A step, not yet jitted, and the state it works on."""
+    """A step and its two halves, not yet jitted, and the state they work on."""
 
     model: Model
-    placement: Placement
     step: StepFn
+    gradients: GradientFn
+    update: UpdateFn
     init: Callable[[Params], TrainState]  # run it under `jax.jit` and the mesh
 
     def abstract_state(self, mesh: Mesh) -> TrainState:
@@ -40,4 +49,6 @@ def build_training(config: Config, model: Model, loss: LossFn) -> Training:
                             seed=config.train.seed, schedule=make_schedule(config.optim, steps=config.train.steps),
                             guard=config.guard, placement=placement)
     init = functools.partial(init_state, optimizer=optimizer, guard=config.guard, placement=placement)
-    return Training(model, placement, make_train_step(model, loss, optimizer, settings=settings), init)
+    return Training(model, make_train_step(model, loss, optimizer, settings=settings),
+                    make_gradients(model, loss, settings=settings), make_update(model, optimizer, settings=settings),
+                    init)

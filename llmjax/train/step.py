@@ -26,6 +26,8 @@ from llmjax.train.state import Placement, TrainState, place
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[[TrainState, Params, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
+GradientFn = Callable[[TrainState, Params, Mapping[str, jax.Array]], tuple[LossOutput, Params]]
+UpdateFn = Callable[[TrainState, LossOutput, Params], tuple[TrainState, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +49,32 @@ def make_train_step(model: Any, loss: LossFn, optimizer: optax.GradientTransform
     Metrics are scalars: loss and the task's own (means over real tokens), grad_norm and the median it was measured by,
     learning_rate, weight, finite, accepted. A step that is not accepted leaves parameters and moments as they were.
     """
-    placement = settings.placement
-    loss_and_grad = make_loss_and_grad(model, loss, num_microbatches=settings.accumulation,
-                                       gradient_specs=placement and placement.gradients)
+    loss_and_grad = make_gradients(model, loss, settings=settings)
+    update = make_update(model, optimizer, settings=settings)
 
     def train_step(state: TrainState, frozen: Params, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        return update(state, *loss_and_grad(state, frozen, batch))
+
+    return train_step
+
+
+def make_gradients(model: Any, loss: LossFn, *, settings: StepSettings) -> GradientFn:
+    """The first half of the step: (state, frozen, batch) -> (LossOutput, gradients), not yet divided."""
+    loss_and_grad = make_loss_and_grad(model, loss, num_microbatches=settings.accumulation,
+                                       gradient_specs=settings.placement and settings.placement.gradients)
+
+    def gradients(state: TrainState, frozen: Params, batch: Mapping[str, jax.Array]) -> tuple[LossOutput, Params]:
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
-        out, grads = loss_and_grad(state.params, frozen, batch, key)
+        return loss_and_grad(state.params, frozen, batch, key)
+
+    return gradients
+
+
+def make_update(model: Any, optimizer: optax.GradientTransformation, *, settings: StepSettings) -> UpdateFn:
+    """The second half of the step: (state, LossOutput, gradients) -> (state, metrics)."""
+    placement = settings.placement
+
+    def update(state: TrainState, out: LossOutput, grads: Params) -> tuple[TrainState, Metrics]:
         weight = jnp.maximum(out.weight, 1.0)
         grads = place(jax.tree.map(lambda grad: grad / weight, grads), placement and placement.optimizer)
         grad_norm = optax.tree.norm(grads)
@@ -74,7 +95,7 @@ def make_train_step(model: Any, loss: LossFn, optimizer: optax.GradientTransform
             metrics |= group_norms("gradient", grads) | group_norms("update", updates) | group_norms("param", params)
         return TrainState(state.step + 1, params, opt_state, verdict.state), metrics
 
-    return train_step
+    return update
 
 
 def make_eval_step(model: Any, loss: LossFn) -> Callable[[Params, Params, Mapping[str, jax.Array]], LossOutput]:
