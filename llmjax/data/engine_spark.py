@@ -230,6 +230,8 @@ def _session(master: str, scratch: Path, settings: dict[str, str]) -> SparkSessi
         from pyspark.sql import SparkSession
     except ImportError:
         raise RunError("--engine=spark needs Spark and Java 17: pip install 'llmjax[spark]'") from None
+    if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
+        raise RunError("--engine=spark needs Java 17 or newer: install it, or set JAVA_HOME")
     # Executors start the interpreter that runs here, and find the same llmjax.
     os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
     package = str(Path(__file__).parents[2])
