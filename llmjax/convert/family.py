@@ -64,7 +64,7 @@ class Family:
         return [dataclasses.replace(row, first_layer=first.get(row.group, 0),
                                     operation=_for_model(row.operation, model)) for row in self.rows]
 
-    def without_absent(self, theirs: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:
+    def without_absent(self, theirs: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
         """config.json without the optional parts of which the folder holds no tensors."""
         names = list(names)
         absent = [field for field, pattern in self.optional.items()

@@ -37,7 +37,7 @@ class LatentRope(Rope):
             return values
         dims, factor = model.latent.qk_nope_head_dim + model.latent.qk_rope_head_dim, model.rope_scaling.factor
         slope = round((math.sqrt(model.attention.scale * dims**0.5) - 1.0) / (0.1 * math.log(factor)), DIGITS)
-        both = {"mscale_all_dim": slope}
+        both: Values = {"mscale_all_dim": slope}
         if model.rope_scaling.attention_factor == 1.0:
             both |= {"mscale": slope, "attention_factor": None}
         return values | {name: values[name] | both for name in ("rope_parameters", "rope_scaling")}
