@@ -83,9 +83,16 @@ def dump_flags() -> tuple[Path, str]:
 
 
 def find_kernel(folder: Path, name: str) -> Path | None:
-    """The file of the instruction `name`, the newest where a program was compiled again."""
-    found = [path for path in folder.glob(f"*-{name}-*{MARK}") if "schedule-analysis" not in path.name]
-    return max(found, default=None)
+    """The file of the instruction `name`, the newest where a program was compiled again.
+
+    A kernel that is called twice alike is compiled once: one without a file has its namesake's.
+    """
+    stem = re.sub(r"\.\d+$", "", name)
+    for pattern in (f"*-{name}-*{MARK}", f"*-{stem}-*{MARK}", f"*-{stem}.*-*{MARK}"):
+        found = [path for path in folder.glob(pattern) if "schedule-analysis" not in path.name]
+        if found:
+            return max(found)
+    return None
 
 
 def read_kernel(text: str, chip: Chip) -> Region:

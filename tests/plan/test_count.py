@@ -186,3 +186,8 @@ def test_bundles_in_loops_and_masked_tiles(tmp_path: Path) -> None:
     live = (4 + 1) / 8  # of a causal grid of 4 x 4 tiles
     expected = 10 * 8 + 8 * (46 + live * 1600)
     assert StaticKernels(tmp_path, CHIPS["v5p"])._static(KERNEL) * 1.75e9 == pytest.approx(expected, rel=0.02)
+    twin = dataclasses.replace(KERNEL, name="splash_mha_dkv.7")  # compiled once, called twice
+    kernels = StaticKernels(tmp_path, CHIPS["v5p"])
+    assert kernels(twin) == kernels(KERNEL) and kernels.without_bundles == 0
+    kernels(dataclasses.replace(KERNEL, name="splash_mha_dq.1"))
+    assert kernels.without_bundles == 1

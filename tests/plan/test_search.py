@@ -39,6 +39,24 @@ def test_parameters_and_moments_are_counted_exactly() -> None:
     assert memory(layout_of(LLAMA_8B, sizes(fsdp=16, tensor=4))).parameters == found.parameters
 
 
+TINY = configs.resolve({
+    "model": {"vocab_size": 4096, "num_layers": 4, "dim": 1024, "num_heads": 8, "num_kv_heads": 2, "head_dim": 128,
+              "mlp_dim": 4096, "max_seq_len": 2048},
+    "data": {"seq_len": 2048, "batch_size": 8}, "train": {"remat": "full"}})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "fsdp", "argument", "temp"),
+    [(LLAMA_8B, 64, 1_509_149_696, 16_763_611_904), (TINY, 4, 207_813_184, 489_484_544)],
+)
+def test_memory_is_within_a_tenth_of_what_the_compiler_laid_out(config: Config, fsdp: int, argument: int,
+                                                                 temp: int) -> None:
+    """memory_analysis() of libtpu 0.0.42.1 on v5p:4x4x4 and v5p:2x2x1."""
+    found = memory(layout_of(config, sizes(fsdp=fsdp)))
+    assert found.argument == pytest.approx(argument, rel=0.01)
+    assert found.total == pytest.approx(argument + temp, rel=0.10)
+
+
 def test_memory_falls_with_recomputation_and_accumulation() -> None:
     def total(**train: Any) -> float:
         return memory(layout_of(changed(**train), sizes(fsdp=64))).total
