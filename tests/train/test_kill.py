@@ -35,7 +35,7 @@ STOPS = [
     (signal.SIGINT, 130, "interrupted; the same command goes on from the last checkpoint"),
     (signal.SIGTERM, 75, "stopped by SIGTERM after step"),
 ]
-WAIT_SECONDS = 300  # for a process to come to a point; far more than it ever takes
+WAIT_SECONDS = 900  # for a process to come to a point; far more than it ever takes
 
 Moment = Callable[[], bool]  # whether it has come
 
