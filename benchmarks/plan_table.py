@@ -3,6 +3,8 @@
     python benchmarks/plan_table.py                          # the table of what is already compiled
     python benchmarks/plan_table.py --compile=llama3_8b      # compile its points first: minutes each
 
+plan_table.txt is what it printed last.
+
 Every figure is an estimate of the TPU compiler; nothing ran on a chip. MaxText's rows (August 2026, pure FSDP, splash
 attention, AdamW in float32, bfloat16 compute, libtpu 0.0.42.1, the same as ours) were counted from its scheduled
 program: estimated_cycles times loop trips at the chip's clock, attention kernels between 50 and 70 % of peak (their

@@ -84,4 +84,5 @@ def predict(runs: Sequence[Run], *, at: float) -> Estimate:
         predictions.append(floor_loss + math.exp(offset + slope * math.log(at)))
         scatters.append(float(np.sqrt(np.sum((fitted / losses - 1) ** 2) / (len(runs) - 2))))
     spread = 1 + max(SCATTER, min(scatters))  # of the form that fits better
-    return Estimate(sum(predictions) / len(predictions), min(predictions) / spread, max(predictions) * spread)
+    bounds = (sum(predictions) / len(predictions), min(predictions) / spread, max(predictions) * spread)
+    return Estimate(*map(float, bounds))
