@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -158,9 +159,7 @@ def pii_llmjax(texts: Texts, folder: Path) -> Removed:
 
 def encode_llmjax(texts: Texts, folder: Path) -> None:
     """Byte-level BPE of 32,000 pieces, trained before."""
-    from llmjax.data.tokenizer import Tokenizer
-
-    Tokenizer.load(folder.parent / "tokenizer").encode_batch(texts)
+    _tokenizer(folder.parent / "tokenizer").encode_batch(texts)
 
 
 def encode_tiktoken(texts: Texts, folder: Path) -> None:
@@ -215,6 +214,18 @@ def _dropped_by_stages(texts: Texts, **wanted: str) -> Removed:
     return removed
 
 
+@functools.cache
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer, compared with its fast library once: a matter of loading it."""
+    from llmjax.data.tokenizer import Tokenizer
+    from llmjax.data.tokenizer_backends import FEW_CHARACTERS
+
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.encode_batch(["a " * FEW_CHARACTERS])
+    return tokenizer
+
+
+@functools.cache
 def _tiktoken(folder: Path) -> Any:
     import tiktoken
 
