@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from llmjax.convert.family import Family
 from llmjax.convert.operations import Copy, Linear, LinearWithPairs
 from llmjax.convert.parts import Computed, Field, Fixed, Given, Rope, Values
 from llmjax.convert.rules import Row
+from llmjax.core.errors import ConfigError
 from llmjax.core.model_sections import ModelConfig
 
 DIGITS = 9  # a slope of the scale that was read from a config.json is found again exactly
@@ -49,6 +51,24 @@ def _temperature(factor: float, slope: float) -> float:
 
 def _plain_scale(theirs: Mapping[str, Any]) -> float:
     return (theirs["qk_nope_head_dim"] + theirs["qk_rope_head_dim"]) ** -0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedChoice:
+    """DeepSeek-V2 says by name whether its groups count."""
+
+    def to_ours(self, theirs: Mapping[str, Any]) -> Values:
+        method = theirs.get("topk_method", "greedy")
+        if method not in ("greedy", "group_limited_greedy"):
+            raise ConfigError(f"config.json: topk_method is {method!r}; 'greedy' and 'group_limited_greedy' can be "
+                              "imported")
+        grouped = method == "group_limited_greedy"
+        return {"moe.num_groups": theirs["n_group"] if grouped else 1,
+                "moe.top_groups": theirs["topk_group"] if grouped else 1}
+
+    def to_theirs(self, model: ModelConfig) -> Values:
+        method = "group_limited_greedy" if model.moe.num_groups > 1 else "greedy"
+        return {"topk_method": method, "n_group": model.moe.num_groups, "topk_group": model.moe.top_groups}
 
 
 def block(path: str) -> tuple[Row, ...]:
@@ -106,8 +126,7 @@ DEEPSEEK_V2 = Family(
     architecture="DeepseekV2ForCausalLM",
     parts=(
         *PARTS,
-        Computed("n_group", "moe.num_groups", lambda n: n or 1, lambda n: n, default=1),
-        Computed("topk_group", "moe.top_groups", lambda n: n or 1, lambda n: n, default=1),
+        GroupedChoice(),
         Given({"moe.weights": "as_scored"}),
         Fixed({"norm_topk_prob": False, "mlp_bias": False}),
     ),
