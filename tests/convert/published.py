@@ -35,6 +35,7 @@ class Case:
 GPT2_FIELDS = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0,
                "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 BLOOM_FIELDS = {"vocab_size": 96, "hidden_size": 24, "n_layer": 2, "n_head": 6, "bos_token_id": 1, "eos_token_id": 2}
+NEOX_FIELDS = {name: value for name, value in TINY.items() if name not in ("num_key_value_heads", "rms_norm_eps")}
 MPT_FIELDS = {"vocab_size": 96, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
 SPARSE = TINY | {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LATENT = SPARSE | {
@@ -68,8 +69,8 @@ CASES = {
         "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
                             "full_attention": YARN_ROPE}}),
     "gpt2": Case(transformers.GPT2Config, GPT2_FIELDS),
-    "gpt_neox": Case(transformers.GPTNeoXConfig, TINY | {"hidden_act": "gelu"}),
-    "gpt_neox, sequential": Case(transformers.GPTNeoXConfig, TINY | {
+    "gpt_neox": Case(transformers.GPTNeoXConfig, NEOX_FIELDS | {"hidden_act": "gelu"}),
+    "gpt_neox, sequential": Case(transformers.GPTNeoXConfig, NEOX_FIELDS | {
         "use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True}),
     "bloom": Case(transformers.BloomConfig, BLOOM_FIELDS),
     "mpt": Case(transformers.MptConfig, MPT_FIELDS),
