@@ -3,7 +3,7 @@
 Command:   llmjax train --config=configs/quickstart_stages.py
            (a field of a stage: --config.stages.0.tokens=1000000; a stage's batch: llmjax data show --step=N)
 Hardware:  2 CPU cores, 3 GB
-Expected:  5.2 nats a token at step 70 of 94; about half as long as the quickstart trains
+Expected:  loss 5.2 nats a token at step 70 of 94; about 3 minutes (estimated from the quickstart)
 """
 
 import ml_collections
