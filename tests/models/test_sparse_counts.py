@@ -27,8 +27,11 @@ PUBLISHED: dict[str, tuple[type, dict[str, Any], int | None]] = {
     "GPT-OSS 120B": (transformers.GptOssConfig, {}, 116_829_156_672),
 }
 
+QUICK = ("DeepSeek-V3", "GPT-OSS 20B")
 
-@pytest.mark.parametrize("name", PUBLISHED)
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+                                  for name in PUBLISHED])
 def test_parameters_in_all_and_for_one_token(name: str) -> None:
     make, fields, published = PUBLISHED[name]
     theirs = make(**fields)

@@ -81,8 +81,8 @@ def on_one() -> tuple[Any, dict[str, Any]]:
     return loss_and_gradients(single_device_mesh(), batch=batch_of())
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if len(name) == 1 else ()) for name in MESHES])
+@pytest.mark.slow  # tests/models/test_moe.py holds the layer to the same in every run
+@pytest.mark.parametrize("name", MESHES)
 def test_loss_and_raw_gradients_on_expert_parallel_meshes(name: str, on_one: tuple) -> None:
     size = MESHES[name].expert * MESHES[name].fsdp * MESHES[name].tensor
     out, grads = loss_and_gradients(make_mesh(MESHES[name], jax.devices()[:size]), batch=batch_of())
@@ -105,6 +105,7 @@ def apart(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return alone
 
 
+@pytest.mark.slow
 def test_further_tokens_of_packed_documents_are_those_of_each_alone_in_any_microbatches() -> None:
     config = dataclasses.replace(CONFIG, moe=MoEConfig(), latent=LatentConfig(), head_dim=8, multi_token=3)
     mesh = single_device_mesh()
