@@ -1,8 +1,9 @@
 """A ladder of small runs for a target recipe, and the target's loss predicted from them.
 
-Every rung has the target's shape (width per layer, MLP per width, tokens per parameter) at a smaller size, so that
-loss falls along the ladder as L(N) = E + (L_1 - E) (N_1 / N)^a. Nobody can read E off a few small runs; it lies between
-nothing and most of the best loss seen. The interval spans both, each fitted on its own, and the scatter of the runs.
+Every rung has the target's shape (width per layer, MLP per width) at a smaller size and sees as many tokens: rungs that
+stop earlier are still in the steep part of their curve when they are small, and mislead. Loss then falls as
+L(N) = E + (L_1 - E) (N_1 / N)^a. Nobody can read E off a few small runs; it lies between nothing and most of the best
+loss seen. The interval spans both, each fitted on its own, and the scatter of the runs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from llmjax.models.flops import num_params
 from llmjax.plan.scaling import Estimate, Run
 
 FLOORS = (0.0, 0.6)  # of the best loss seen, below which more parameters may never get: the least and the most
-SCATTER = 0.01  # of the loss, from one seed to the next; less is not believed of so few runs
+SCATTER = 0.015  # of the loss, from one seed to the next; less is not believed of so few runs
 NUM_RUNGS = 3
 
 
@@ -35,7 +36,7 @@ class Rung:
 def ladder(target: Config, *, num_rungs: int = NUM_RUNGS, step: float = 2.0) -> list[Rung]:
     """Rungs below the target, the smallest first, each about `step` times smaller; duplicates are left out.
 
-    Width and layers shrink alike and heads stay as wide as they are; a rung trains for the target's tokens a parameter.
+    Width and layers shrink alike and heads stay as wide as they are; a rung trains on as many tokens as the target.
     Raises ValueError where the target leaves no room below it.
     """
     model, size = target.model, num_params(target.model)
@@ -44,14 +45,11 @@ def ladder(target: Config, *, num_rungs: int = NUM_RUNGS, step: float = 2.0) -> 
     for power in range(num_rungs, 0, -1):
         small = _shrunk(model, (1 / step**power) ** (1 / 3))
         count = num_params(small)
-        steps = max(1, round(target.train.steps * count / size))
         if count >= size or count in rungs:
             continue
         changes = {f"model.{field}": str(getattr(small, field)) for field in
                    ("num_layers", "dim", "num_heads", "num_kv_heads", "mlp_dim")}  # fmt: skip
-        changes["train.steps"] = str(steps)
-        changes["optim.warmup_steps"] = str(max(1, round(target.optim.warmup_steps * steps / target.train.steps)))
-        rungs[count] = Rung(f"scout_{count // 1000}k", changes, count, tokens * steps // target.train.steps)
+        rungs[count] = Rung(f"scout_{count // 1000}k", changes, count, tokens)
     if len(rungs) < num_rungs:
         raise ValueError(f"model.dim={model.dim}, model.num_layers={model.num_layers}: too small for {num_rungs} "
                          f"different rungs below it; {len(rungs)} fit")  # fmt: skip

@@ -8,6 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 from scipy.stats import spearmanr
 
 from llmjax.core.mesh import make_mesh, mesh_sizes
@@ -32,7 +33,8 @@ def measure(config: Config) -> float:
         step, arguments = abstract_step(config, mesh)
         compiled = jax.jit(step).lower(*arguments).compile()
         state, frozen, batch = jax.tree.map(
-            lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding), arguments)
+            lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), NamedSharding(mesh, leaf.sharding.spec)),
+            arguments)
         times = []
         for _ in range(4):
             began = time.perf_counter()
