@@ -80,9 +80,9 @@ def loss_and_gradients(config: ModelConfig, mesh: jax.sharding.Mesh, *, num_micr
     rows = packed(8)
     batch = rows | {"targets_BT": np.roll(rows["tokens_BT"], -1, axis=1),
                     "weights_BT": (rows["segment_ids_BT"] > 0).astype(np.float32)}
-    model = decoder.abstract_model(config)
+    model, params = decoder.abstract_model(config), shaken(config)
     with jax.set_mesh(mesh):
-        params = jax.device_put(shaken(config), jax.tree.map(lambda x: x.sharding, model.abstract_params(mesh)))
+        params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, model.abstract_params(mesh)))
         step = make_loss_and_grad(model, make_loss(TaskConfig()), num_microbatches=num_microbatches)
         out, grads = jax.jit(step)(params, {}, put_batch(batch, mesh), jax.random.key(3))
         return float(out.loss_sum), jax.device_get(grads)
