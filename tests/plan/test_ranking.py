@@ -8,7 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy.stats import spearmanr
 
 from llmjax.core.mesh import make_mesh, mesh_sizes
@@ -26,15 +26,18 @@ CONFIG = Config(
     data=DataConfig(seq_len=256, batch_size=16), train=TrainConfig(remat="none"))  # fmt: skip
 
 
+def zeros(leaf: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh) -> jax.Array:
+    spec = leaf.sharding.spec if leaf.sharding else PartitionSpec()
+    return jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), NamedSharding(mesh, spec))
+
+
 def measure(config: Config) -> float:
     """Seconds of a step, the best of three."""
     mesh = make_mesh(config.mesh, jax.devices()[:8])
     with jax.set_mesh(mesh):
         step, arguments = abstract_step(config, mesh)
         compiled = jax.jit(step).lower(*arguments).compile()
-        state, frozen, batch = jax.tree.map(
-            lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), NamedSharding(mesh, leaf.sharding.spec)),
-            arguments)
+        state, frozen, batch = jax.tree.map(lambda leaf: zeros(leaf, mesh), arguments)
         times = []
         for _ in range(4):
             began = time.perf_counter()
