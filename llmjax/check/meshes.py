@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -39,7 +40,8 @@ def _pairs(mesh: MeshConfig) -> set[tuple[str, ...]]:
 
 def _meshes(base: MeshConfig, num_devices: int) -> Iterator[MeshConfig]:
     for sizes in _factorisations(num_devices, len(AXIS_NAMES)):
-        yield dataclasses.replace(base, **dict(zip(AXIS_NAMES, sizes, strict=True)))
+        named: dict[str, Any] = dict(zip(AXIS_NAMES, sizes, strict=True))
+        yield dataclasses.replace(base, **named)
 
 
 def _factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:

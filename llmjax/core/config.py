@@ -222,7 +222,7 @@ def _replace(node: Any, path: str, text: str, *, prefix: str = "") -> Any:
     """A copy of `node` with the field at the dotted `path` read from `text`."""
     name, _, rest = path.partition(".")
     full = f"{prefix}{name}"
-    hint = _hints(type(node)).get(name)
+    hint: Any = _hints(type(node)).get(name)
     if _item_type(hint):
         return dataclasses.replace(node, **{name: _replace_item(getattr(node, name), rest, text, prefix=f"{full}.")})
     if hint is None or dataclasses.is_dataclass(hint) != bool(rest):
@@ -308,19 +308,6 @@ def _read_mixture(config: Config) -> Config:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
-        raise ConfigError(f"data.mixture: {path} cannot be read ({error.strerror}); llmjax data mix writes one") from None
-    spec = ",".join(line for line in lines if line and not line.startswith("#"))
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=spec))
-
-
-def _read_mixture(config: Config) -> Config:
-    """`data.mixture=@FILE` stands for what the file says, so that a run's own config says it too."""
-    if not config.data.mixture.startswith("@"):
-        return config
-    path = Path(config.data.mixture[1:]).expanduser()
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
         raise ConfigError(f"data.mixture: {path}: {error.strerror}; llmjax data mix writes one") from None
     spec = ",".join(line for line in lines if line and not line.startswith("#"))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=spec))
@@ -357,8 +344,6 @@ def _check_limits(config: Config) -> None:
             raise ConfigError(f"{path}={_get(config, path)}: at most {most} fits")
 
 
-    if config.model.moe.capacity_factor and (size := config.model.moe.group_size):
-        check_multiple("data.seq_len", config.data.seq_len, "model.moe.group_size", size)
 def _check_stages(config: Config) -> None:
     for place, stage in enumerate(config.stages):
         path = f"stages.{place}"
@@ -372,6 +357,8 @@ def _check_stages(config: Config) -> None:
 
 def _check_sizes(config: Config) -> None:
     model_rules.check_model(config.model)
+    if config.model.moe.capacity_factor and (size := config.model.moe.group_size):
+        check_multiple("data.seq_len", config.data.seq_len, "model.moe.group_size", size)
     check_multiple("data.batch_size", config.data.batch_size, "train.accumulation", config.train.accumulation)
     for path in ("data.seq_len", "eval.seq_len"):
         if _get(config, path) > config.model.max_seq_len:

@@ -45,7 +45,7 @@ def make_loss(config: TaskConfig, *, execution: Execution = Execution()) -> Loss
     """The loss of a microbatch of pairs; `frozen["reference"]` is the policy it all started from."""
 
     def loss(model: Model, params: Params, frozen: Params, batch: Mapping[str, jax.Array],
-             key: jax.Array) -> LossOutput:
+             key: jax.Array | None) -> LossOutput:
         del key
         policy_BP = answer_log_probs(model, params, batch, execution=execution)
         reference_BP = answer_log_probs(model, jax.lax.stop_gradient(frozen["reference"]), batch, execution=execution)

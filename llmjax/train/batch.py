@@ -87,7 +87,8 @@ def _put(array: np.ndarray, sharding: NamedSharding, share: RowShare) -> jax.Arr
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     first = share.process_index * len(array)
 
-    def local(index: tuple[slice, ...]) -> np.ndarray:
+    def local(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # of every shard, jax names the place
         rows = slice(index[0].start - first, index[0].stop - first)
         return array[(rows, *index[1:])]
 
