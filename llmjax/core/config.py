@@ -222,7 +222,7 @@ def _replace(node: Any, path: str, text: str, *, prefix: str = "") -> Any:
     """A copy of `node` with the field at the dotted `path` read from `text`."""
     name, _, rest = path.partition(".")
     full = f"{prefix}{name}"
-    hint: Any = _hints(type(node)).get(name)
+    hint = _hints(node.__class__).get(name)
     if _item_type(hint):
         return dataclasses.replace(node, **{name: _replace_item(getattr(node, name), rest, text, prefix=f"{full}.")})
     if hint is None or dataclasses.is_dataclass(hint) != bool(rest):
