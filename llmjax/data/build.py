@@ -48,8 +48,11 @@ _INNER = {*_COLUMNS, "order", "kind", "encoding", "reason"}  # columns of curati
 _BATCHING = {"path", "seq_len", "batch_size", "shuffle_seed", "mixture", "temperature", "curriculum", "mix_every",
              "mix_rate"}
 # What shapes the folder beside the config: our modules and the libraries.
-_CODE = ("registry.py", "read.py", "clean.py", "shingles.py", "dedup.py", "curate.py", "tokenizer.py",
-         "tokenizer_backends.py", "tokenizer_train.py", "tokenizer_extend.py", "byte_level.py", "shards.py", "build.py")
+_CODE = ("registry.py", "governance.py", "read.py", "formats.py", "clean.py", "boilerplate.py", "filters.py",
+         "census.py", "repeats.py", "language.py", "quality.py", "words.py", "compiled_words.py", "repetition.py",
+         "scoring.py", "pii.py", "shingles.py", "compiled.py", "dedup.py", "decontaminate.py", "curate.py",
+         "embedded.py", "tokenizer.py", "tokenizer_backends.py",
+          "tokenizer_train.py", "tokenizer_extend.py", "byte_level.py", "shards.py", "build.py")
 _VERSIONED = ("numpy", "pyarrow", "sentencepiece", "xxhash")
 
 
@@ -145,7 +148,7 @@ def _write(corpus: Corpus, sources: list[Source], config: TokenizerConfig, folde
     stored = shards.write_store(folder / "shards", _encoded(corpus, tokenizer, num_tokens, num_documents, progress),
                                 vocab_size=tokenizer.vocab_size)
     train = _write_documents(folder / "documents.parquet", corpus.tables("train"))
-    holdout = _write_documents(folder / "holdout.parquet", corpus.tables("holdout"))
+    holdout = _write_documents(folder / "holdout.parquet", corpus.tables("holdout", columns=(*_COLUMNS, "order")))
     size = sum(train.sizes)
     progress("encode", 1.0, f"{sum(num_tokens):,} tokens, {size / sum(num_tokens):.2f} bytes a token")
     _write_jsonl(folder / "kept.jsonl", ({"id": id_, "source": source, "tokens": tokens} for id_, (source, _), tokens

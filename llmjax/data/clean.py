@@ -30,14 +30,14 @@ _QUOTES = str.maketrans({"‘": "'", "’": "'", "‚": "'", "‛": "'", "“": 
 
 @dataclasses.dataclass(frozen=True)
 class Clean:
-    """Tidies every text and names it by its content: sets `text` and `doc_id`."""
+    """Tidies every text."""
 
     name: str = "clean"
     punctuation: Literal["keep", "plain"] = "keep"
     boilerplate: Literal["keep", "strip"] = "keep"
 
     def __call__(self, documents: pa.Table) -> pa.Table:
-        """Rewrites `text` where it has to; adds `doc_id`."""
+        """Rewrites `text` where it has to."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -51,8 +51,7 @@ class Clean:
             merged = pc.replace_with_mask(documents["text"].combine_chunks(), touched.combine_chunks(),
                                           pa.array(texts, pa.string()))
             documents = with_column(documents, "text", merged)
-        hashes = [_hexdigest(raw) for raw in documents["text"].cast(pa.binary()).to_pylist()]
-        return with_column(documents, "doc_id", pa.array(hashes, pa.string()))
+        return documents
 
     def apply(self, text: str, kind: Kind) -> str:
         """One text, cleaned; prose also without boilerplate and with plain punctuation where that is asked for."""
@@ -62,6 +61,21 @@ class Clean:
         if kind == "prose" and self.punctuation == "plain":
             text = clean(text.translate(_QUOTES), kind)
         return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """Names each document by its content, when no other stage will change it any more."""
+
+    name: str = "name"
+
+    def __call__(self, documents: pa.Table) -> pa.Table:
+        """Adds `doc_id`, the xxh3-128 of `text`."""
+        import pyarrow as pa
+        import xxhash
+
+        hashes = [xxhash.xxh3_128_hexdigest(raw) for raw in documents["text"].cast(pa.binary()).to_pylist()]
+        return with_column(documents, "doc_id", pa.array(hashes, pa.string()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +112,3 @@ def length_fault(num_bytes: int, *, min_bytes: int, max_bytes: int) -> str | Non
     if num_bytes < min_bytes:
         return "too_short"
     return "too_long" if num_bytes > max_bytes else None
-
-
-def _hexdigest(raw: bytes) -> str:
-    import xxhash
-
-    return xxhash.xxh3_128_hexdigest(raw)

@@ -20,13 +20,15 @@ import numpy as np
 from llmjax.core.errors import RunError
 from llmjax.core.sections import DataConfig
 from llmjax.data import decontaminate, dedup
-from llmjax.data.clean import Clean, Length
+from llmjax.data.census import below_documents
+from llmjax.data.clean import Clean, Length, Name
 from llmjax.data.decontaminate import Benchmark, Items
-from llmjax.data.filters import filters
+from llmjax.data.filters import filters, of_source
 from llmjax.data.progress import Progress
 from llmjax.data.read import batches
 from llmjax.data.registry import Source, SourceFile
-from llmjax.data.stage import UNIT_BITS, Engine, Stage, run_stages, with_column
+from llmjax.data.scoring import best
+from llmjax.data.stage import UNIT_BITS, Engine, Stage, documents_schema, run_stages, with_column
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,15 +63,9 @@ class Prepare:
     def __call__(self, unit: Unit) -> None:
         """Write the unit's files."""
         if not unit_path(self.folder, unit.number, _KINDS[-1]).exists():
-            tables = (run_stages(self._placed(unit, rows, first), self.stages[unit.split])
-                      for first, rows in _numbered(batches(unit.source, unit.file)))
+            stages = (*self.stages[unit.split], *of_source(unit.source), Name())
+            tables = (run_stages(rows, stages) for rows in placed(unit))
             _write_together(self.folder, unit.number, (self._files(unit, table) for table in tables))
-
-    def _placed(self, unit: Unit, rows: pa.Table, first: int) -> pa.Table:
-        import pyarrow as pa
-
-        order = (unit.number << UNIT_BITS) + np.arange(first, first + len(rows))
-        return with_column(rows, "order", pa.array(order))
 
     def _files(self, unit: Unit, table: pa.Table) -> tuple[pa.Table, ...]:
         import pyarrow.compute as pc
@@ -155,7 +151,9 @@ def curate(config: DataConfig, sources: list[Source], holdouts: list[Source], fo
     folder.mkdir(parents=True, exist_ok=True)
     units = make_units(holdouts, sources)
     named = [unit for unit in units if unit.split == "holdout"]
-    train_stages = (*stages(config), *extra)
+    below = below_documents(config.curation, [placed(unit) for unit in units if unit.split == "train"],
+                            tidy=stages(config)[:1])
+    train_stages = (*stages(config)[:1], *below, *stages(config)[1:], *extra)
     prepare = Prepare(folder, {"holdout": (Clean(),), "train": train_stages}, config.near_duplicate_jaccard, None)
     _run(engine, prepare, named, lambda share: progress("read", 0.05 * share))
     items = holdout_items(folder, named)
@@ -242,13 +240,13 @@ def _decide(folder: Path, units: Sequence[Unit], duplicates: pa.Table, leaks: pa
     dropped_for_items: list[pa.Table] = []
     read = 0
     parts = []
-    for unit in units:
-        table = _open(unit_path(folder, unit.number, "documents")).select(["order", "reason", "doc_id", "encoding"])
+    verdicts = [_verdicts(folder, unit, is_duplicate, is_leak, first_train, config) for unit in units]
+    if config.curation.quality_model:
+        _drop_worst(folder, units, [decision for decision, _, _ in verdicts], config.curation.quality_keep)
+    for unit, (decision, kept, score) in zip(units, verdicts, strict=True):
+        table = _open(unit_path(folder, unit.number, "documents")).select(["order", "reason", "encoding"])
         order = table["order"].to_numpy()
-        if unit.split == "holdout":
-            decision, kept, score = ["named"] * len(order), np.full(len(order), -1), np.full(len(order), np.nan)
-        else:
-            decision, kept, score = _decisions(table, is_duplicate, is_leak, first_train, config.holdout_fraction)
+        if unit.split == "train":
             read += len(order)
             dropped.update(reason for reason in decision if reason != "train")
             encodings.update(name for name, reason in zip(table["encoding"].to_pylist(), table["reason"].to_pylist(),
@@ -261,6 +259,26 @@ def _decide(folder: Path, units: Sequence[Unit], duplicates: pa.Table, leaks: pa
     report = decontaminate.report(items, pa.concat_tables(dropped_for_items)) if items else []
     return Corpus(folder, tuple(units), read, dict(sorted(dropped.items())), dict(sorted(encodings.items())), used,
                   tuple(report), tuple(items.ids) if items else ())
+
+
+def _verdicts(folder: Path, unit: Unit, duplicates: _Rows, leaks: _Rows, first_train: int,
+              config: DataConfig) -> tuple[list[str], np.ndarray, np.ndarray]:
+    table = _open(unit_path(folder, unit.number, "documents")).select(["order", "reason", "doc_id"])
+    if unit.split == "holdout":
+        return ["named"] * len(table), np.full(len(table), -1), np.full(len(table), np.nan)
+    return _decisions(table, duplicates, leaks, first_train, config.holdout_fraction)
+
+
+def _drop_worst(folder: Path, units: Sequence[Unit], decisions: list[list[str]], keep: float) -> None:
+    """Of the documents that would be trained on, leave the best share and call the others low_quality."""
+    scores = [_open(unit_path(folder, unit.number, "documents"))["quality"].to_numpy() if unit.split == "train"
+              else np.empty(0) for unit in units]  # fmt: skip
+    places = [(part, row) for part, decision in enumerate(decisions) for row, reason in enumerate(decision)
+              if reason == "train"]
+    chosen = best(np.array([scores[part][row] for part, row in places]), keep=keep)
+    for (part, row), stays in zip(places, chosen.tolist(), strict=True):
+        if not stays:
+            decisions[part][row] = "low_quality"
 
 
 def _decisions(table: pa.Table, duplicates: _Rows, leaks: _Rows, first_train: int,
@@ -294,11 +312,16 @@ class _Rows:
         return zip(np.searchsorted(order, self.order[start:stop]).tolist(), range(start, stop), strict=True)
 
 
-def _numbered(tables: Iterator[pa.Table]) -> Iterator[tuple[int, pa.Table]]:
-    first = 0
-    for table in tables:
-        yield first, table
+def placed(unit: Unit) -> Iterator[pa.Table]:
+    """The documents of a unit as they are read, each with its order; of an empty one, a table without rows."""
+    import pyarrow as pa
+
+    begin = first = unit.number << UNIT_BITS
+    for table in batches(unit.source, unit.file):
+        yield with_column(table, "order", pa.array(np.arange(first, first + len(table))))
         first += len(table)
+    if first == begin:
+        yield documents_schema().empty_table()
 
 
 def _write_together(folder: Path, number: int, batches: Iterator[tuple[pa.Table, ...]]) -> None:
@@ -315,22 +338,8 @@ def _write_together(folder: Path, number: int, batches: Iterator[tuple[pa.Table,
             writer.write_table(table)
     for writer in writers:
         writer.close()
-    for path, kind in zip(partial, _KINDS, strict=True):
-        if not writers:
-            _write_file(path, [empty_tables()[kind]])
+    for path in partial:
         os.replace(path, path.with_suffix(".arrow"))
-
-
-@functools.cache
-def empty_tables() -> dict[str, pa.Table]:
-    """What the files of a unit without documents hold."""
-    import pyarrow as pa
-
-    from llmjax.data.stage import documents_schema
-
-    documents = Clean()(documents_schema().empty_table())
-    return {"documents": documents, "signatures": dedup.signatures(documents, threshold=0.7),
-            "hits": pa.table({"order": pa.array([], pa.int64()), "gram": pa.array([], pa.int64())})}
 
 
 def _write_file(path: Path, tables: Sequence[pa.Table]) -> None:

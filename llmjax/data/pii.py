@@ -121,8 +121,8 @@ def _patterns() -> tuple[_Pattern, ...]:
         return _Pattern(kind, tuple(needs.split()), re.compile(regex), check)
 
     return (
-        pattern("email", "@", r"(?<![\w.+%-])([A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24})"
-                              r"(?![\w@-])"),
+        pattern("email", "@", r"(?<![\w.+%-])([A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@"
+                              r"(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24})(?![\w@-])"),
         pattern("ip", ".", r"(?<![\w.])((?:\d{1,3}\.){3}\d{1,3})(?!\.?\w)", _is_public_ip),
         pattern("ip", ":", r"(?<![\w:.])([0-9A-Fa-f]{1,4}(?::{1,2}[0-9A-Fa-f]{1,4}){2,7})(?![\w:.])", _is_public_ip),
         pattern("phone", "+", r"(?<![\w.+])(\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4})"

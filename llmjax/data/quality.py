@@ -7,33 +7,59 @@ rule that a document breaks is its reason. Left out: C4's list of bad words, whi
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from llmjax.data.repetition import repetition
-from llmjax.data.stage import Stage, with_column, with_reasons
-from llmjax.data.words import Lexicon, Words
+from llmjax.data.stage import with_column, with_reasons
+from llmjax.data.words import Words, read_words
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Rules = Literal["gopher_quality", "gopher_repetition", "c4", "fineweb"]
-
-_LINES, _PARAGRAPHS = re.compile(r"\n+"), re.compile(r"\n{2,}")
 _CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
 _SENTENCE_END = re.compile(r"(?:(?<!\s)|(?<=\s))[.!?。！？]+[\"'”’)\]]*\s+(?=[^\s.!?\"'”’)\]])")
 _POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 _SENTENCE_STOPS = tuple(".!?？．﹗۔؟।॥።።！。｡‼‽⁇⁈⁉﹒﹖܀՞։؞։᠃᠉")
 
 
-@functools.cache
-def lexicon() -> Lexicon:
-    """One memory of words a process, shared by the stages."""
-    return Lexicon()
+class RuleSet(Protocol):
+    """Rules that judge a text by its lines and words; the first one broken is the reason."""
+
+    @property
+    def name(self) -> str:
+        """What a config calls it."""
+
+    def reasons(self, texts: Sequence[str], words: Words) -> list[str | None]:
+        """For each text the first rule that it breaks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Sets of rules in order, each on the documents that the earlier ones left; words are found once."""
+
+    sets: tuple[RuleSet, ...]
+    name: str = "rules"
+
+    def __call__(self, documents: pa.Table) -> pa.Table:
+        """Adds no column; sets `reason` to the first rule that a text breaks."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        rows = np.flatnonzero(pc.is_null(documents["reason"]).to_numpy())
+        column = documents["text"].take(pa.array(rows)).combine_chunks()
+        words, texts = read_words(column), column.to_pylist()
+        reasons: list[str | None] = [None] * len(documents)
+        for rules in self.sets:
+            found = rules.reasons(texts, words)
+            for row, reason in zip(rows.tolist(), found, strict=True):
+                reasons[row] = reason
+            left = np.array([place for place, reason in enumerate(found) if reason is None], np.int64)
+            rows, words, texts = rows[left], words.take(left), [texts[place] for place in left.tolist()]
+        return with_reasons(documents, reasons)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +75,8 @@ class GopherQuality:
     min_alphabetic_words: float = 0.8
     min_stop_words: int = 2
 
-    def __call__(self, documents: pa.Table) -> pa.Table:
-        """Adds no column; sets `reason` to a gopher_* rule."""
-        return with_reasons(documents, self.reasons(documents["text"].to_pylist()))
-
-    def reasons(self, texts: Sequence[str], words: Words | None = None) -> list[str | None]:
+    def reasons(self, texts: Sequence[str], words: Words) -> list[str | None]:
         """For each text the first rule that it breaks."""
-        words = words or lexicon().read(texts)
         real = (words.kinds & Words.SYMBOL) == 0
         num_words, num_real = words.counts, words.sums(real)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -103,14 +124,10 @@ class GopherRepetition:
     repeated_ngrams: tuple[tuple[int, float], ...] = (
         (5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))  # fmt: skip
 
-    def __call__(self, documents: pa.Table) -> pa.Table:
-        """Adds no column; sets `reason` to the first limit passed."""
-        return with_reasons(documents, self.reasons(documents["text"].to_pylist()))
-
-    def reasons(self, texts: Sequence[str], words: Words | None = None) -> list[str | None]:
+    def reasons(self, texts: Sequence[str], words: Words) -> list[str | None]:
         """For each text the first rule that it breaks."""
         sizes = [n for n, _ in self.top_ngrams], [n for n, _ in self.repeated_ngrams]
-        chars = repetition(words or lexicon().read(texts), top=sizes[0], repeated=sizes[1])
+        chars = repetition(words, top=sizes[0], repeated=sizes[1])
         names = [f"top_{n}_gram" for n in sizes[0]] + [f"duplicated_{n}_n_grams" for n in sizes[1]]
         lengths = np.array([max(len(text), 1) for text in texts])[:, None]
         over = chars / lengths > np.array([limit for _, limit in self.top_ngrams + self.repeated_ngrams])
@@ -121,7 +138,8 @@ class GopherRepetition:
     def _of_lines(self, text: str) -> str | None:
         if not text:
             return "empty"
-        paragraphs, lines = _PARAGRAPHS.split(text.strip()), _LINES.split(text)
+        paragraphs = [part.lstrip("\n") for part in text.strip().split("\n\n") if part.strip("\n")] or [""]
+        lines = [line for line in text.split("\n") if line] + [""] * (text.startswith("\n") + text.endswith("\n"))
         limits = (("para", paragraphs, self.paragraphs, self.paragraph_chars),
                   ("line", lines, self.lines, self.line_chars))
         for name, parts, limit, char_limit in limits:
@@ -191,13 +209,9 @@ class FineWeb:
     max_repeated_chars: float = 0.01
     max_newlines_per_word: float = 0.3
 
-    def __call__(self, documents: pa.Table) -> pa.Table:
-        """Adds no column; sets `reason` to the first limit passed."""
-        return with_reasons(documents, self.reasons(documents["text"].to_pylist()))
-
-    def reasons(self, texts: Sequence[str], words: Words | None = None) -> list[str | None]:
+    def reasons(self, texts: Sequence[str], words: Words) -> list[str | None]:
         """For each text the first rule that it breaks."""
-        counts = (words or lexicon().read(texts)).counts.tolist()
+        counts = words.counts.tolist()
         return [self._reason(text, count) for text, count in zip(texts, counts, strict=True)]
 
     def _reason(self, text: str, num_words: int) -> str | None:
@@ -227,5 +241,5 @@ def _is_open(line: str) -> bool:
     return line.rstrip().endswith(("...", "…"))
 
 
-RULES: dict[str, Stage] = {
-    "gopher_quality": GopherQuality(), "gopher_repetition": GopherRepetition(), "c4": C4(), "fineweb": FineWeb()}
+_SETS: tuple[RuleSet, ...] = (GopherQuality(), GopherRepetition(), FineWeb())
+RULES = {rules.name: rules for rules in _SETS}

@@ -23,8 +23,8 @@ def repetition(words: Words, *, top: Sequence[int], repeated: Sequence[int]) -> 
         return loops.repetition(hashes.values, hashes.offsets, words.lengths, sizes, len(top))
     columns = [(top_chars if place < len(top) else repeated_chars, n) for place, n in enumerate(sizes.tolist())]
     rows = []
-    for start, stop in zip(words.numbers.offsets[:-1], words.numbers.offsets[1:], strict=True):
-        numbers, lengths = words.numbers.values[start:stop].tolist(), words.lengths[start:stop].tolist()
+    for start, stop in zip(words.hashes.offsets[:-1], words.hashes.offsets[1:], strict=True):
+        numbers, lengths = words.hashes.values[start:stop].tolist(), words.lengths[start:stop].tolist()
         rows.append([count(numbers, lengths, n) for count, n in columns])
     return np.array(rows, np.int64).reshape(-1, len(sizes))
 

@@ -91,6 +91,11 @@ def word_chunks(texts: Sequence[str] | pa.Array) -> Iterator[Ragged]:
         yield Ragged(*hash_words(text, offsets))
 
 
+def word_bounds(lowered: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """First byte of each word of one lower-case text, and the one after its last."""
+    return _word_bounds(np.frombuffer(lowered, np.uint8), np.array([0, len(lowered)]))
+
+
 def run_hashes(words: Ragged, size: int) -> Ragged:
     """Hash of each run of `size` words within a document; a document of fewer words, but some, has its whole as one.
 
