@@ -33,9 +33,13 @@ CONFIG_FILE = "config.json"
 # The least value of each size; a size missing here may be anything its type allows.
 AT_LEAST: dict[str, float] = {
     **model_rules.AT_LEAST,
-    "tokenizer.vocab_size": 260, "tokenizer.train_bytes": 1,
+    "tokenizer.vocab_size": 260, "tokenizer.train_bytes": 1, "tokenizer.extend_by": 0,
+    "tokenizer.min_bytes_per_token": 0, "tokenizer.max_fertility": 0,
     "data.seq_len": 1, "data.batch_size": 1, "data.min_bytes": 0, "data.max_bytes": 1, "data.holdout_fraction": 0,
     "data.near_duplicate_jaccard": 0, "data.temperature": 0.01, "data.mix_every": 0, "data.mix_rate": 0,
+    "data.curation.min_language_confidence": 0, "data.curation.repeated_lines": 0, "data.curation.repeated_words": 0,
+    "data.curation.max_perplexity": 0, "data.curation.quality_keep": 0, "data.curation.max_toxicity": 0,
+    "data.curation.leak_share": 0, "data.curation.common_ngram": 0,
     "optim.learning_rate": 0, "optim.adam_learning_rate": 0, "optim.warmup_steps": 0, "optim.decay_fraction": 0,
     "optim.end_fraction": 0, "optim.b1": 0, "optim.b2": 0, "optim.eps": 0, "optim.weight_decay": 0,
     "optim.clip_norm": 0, "optim.muon_momentum": 0,
@@ -52,6 +56,8 @@ AT_MOST: dict[str, float] = {
     **model_rules.AT_MOST,
     "data.holdout_fraction": 1, "data.near_duplicate_jaccard": 1, "optim.decay_fraction": 1, "optim.end_fraction": 1,
     "optim.b1": 1, "optim.b2": 1, "optim.muon_momentum": 1, "guard.rate_cut": 1,
+    "data.curation.min_language_confidence": 1, "data.curation.quality_keep": 1, "data.curation.max_toxicity": 1,
+    "data.curation.leak_share": 1, "data.curation.common_ngram": 1,
 }  # fmt: skip
 
 

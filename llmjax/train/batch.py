@@ -83,13 +83,13 @@ def _put(array: np.ndarray, sharding: NamedSharding, share: RowShare) -> jax.Arr
     num_shards = sharding.mesh.shape["context"]
     if array.ndim > 1 and num_shards > 1:
         array = array[..., zigzag(array.shape[-1], num_shards)]
-    if share.process_count == 1:
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-    first = share.process_index * len(array)
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    num_rows, first = len(array) * share.process_count, share.process_index * len(array)
 
     def local(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None  # of every shard, jax names the place
-        rows = slice(index[0].start - first, index[0].stop - first)
-        return array[(rows, *index[1:])]
+        start, stop, _ = index[0].indices(num_rows)
+        return array[(slice(start - first, stop - first), *index[1:])]
 
-    return jax.make_array_from_callback((len(array) * share.process_count, *array.shape[1:]), sharding, local)
+    return jax.make_array_from_callback((num_rows, *array.shape[1:]), sharding, local)

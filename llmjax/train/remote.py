@@ -65,6 +65,9 @@ class Bucket:
         names = self._names(step)
         for name in sorted(names, key=lambda name: not name.endswith(f"/{durable.HASHES}")):
             self._try(f"delete {name}", lambda name=name: self._delete(name))  # type: ignore[misc]
+        folder = f"{self._root}/{step}"
+        if self._try(f"look at {folder}", lambda: self._files.exists(folder)):  # buckets have no empty folders
+            self._try(f"delete {folder}", lambda: self._files.rm(folder, recursive=True))
 
     def _names(self, step: int) -> list[str]:
         """Every file of a step."""
