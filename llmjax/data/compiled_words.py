@@ -33,6 +33,7 @@ def _plain_hash(word: str) -> int:
 
 STOP_HASHES = np.array([_plain_hash(word) for word in STOP_WORDS], np.uint64)
 CANNOT = np.array([_plain_hash("cannot"), _plain_hash("Cannot")], np.uint64)
+CANNOT_LENGTH = 6
 _UNIT_LIST = sorted(UNITS, key=len, reverse=True)
 UNIT_CHARACTERS = np.array([[ord(c) for c in unit.ljust(4, "\0")] for unit in _UNIT_LIST], np.int32)
 UNIT_LENGTHS = np.array([len(unit) for unit in _UNIT_LIST], np.int64)
@@ -56,10 +57,15 @@ def read_words(data, offsets):
             if kind[at] & SPACE:
                 at += 1
                 continue
-            stop = at
+            stop, every = at, np.uint8(IS_ALPHA)
             while stop < length and not kind[stop] & SPACE:
+                every &= kind[stop]
                 stop += 1
-            found = _pieces(text, kind, at, stop, starts, stops, found, after)
+            if every and stop - at != CANNOT_LENGTH:
+                starts[found], stops[found] = at, stop
+                found += 1
+            else:
+                found = _pieces(text, kind, at, stop, starts, stops, found, after)
             at = stop
         for word in range(found):
             hashes[count], lengths[count] = _hash(text, starts[word], stops[word]), stops[word] - starts[word]
@@ -114,20 +120,13 @@ def _kind(kind, start, stop, hashed):
     return result
 
 
-@numba.njit
+@numba.njit(forceinline=True)
 def _pieces(text, kind, start, stop, starts, stops, count, after):
     """Append the words of one run between blanks, as `words.pieces` parts it."""
-    letters = True
-    for at in range(start, stop):
-        letters = letters and (kind[at] & IS_ALPHA) != 0
-    if letters:
-        parted = stop - start == 6 and _hash(text, start, stop) in CANNOT
-        starts[count], stops[count] = start, stop - 3 if parted else stop
-        count += 1
-        if parted:
-            starts[count], stops[count] = stop - 3, stop
-            count += 1
-        return count
+    if stop - start == CANNOT_LENGTH and _hash(text, start, stop) in CANNOT:
+        starts[count], stops[count] = start, stop - 3
+        starts[count + 1], stops[count + 1] = stop - 3, stop
+        return count + 2
     num_after = 0
     address = _address_stop(text, start, stop)
     while start < stop and address < 0:
@@ -166,7 +165,7 @@ def _begins(text, start, stop, with_):
     return same
 
 
-@numba.njit
+@numba.njit(forceinline=True)
 def _address_stop(text, start, stop):
     """Where an address that begins here stops, its closing punctuation left out; -1 where none begins."""
     if start >= stop or (text[start] != 104 and text[start] != 119):
@@ -191,7 +190,7 @@ def _closes(c):
         c == 62 or c == 34 or c == 39)  # fmt: skip
 
 
-@numba.njit
+@numba.njit(forceinline=True)
 def _prefix(text, kind, start, stop):
     """Characters of the word that punctuation at the front makes; 0 for none."""
     dots = start
@@ -204,7 +203,7 @@ def _prefix(text, kind, start, stop):
     return 1 if text[start] == 43 and not (start + 1 < stop and kind[start + 1] & DIGIT) else 0
 
 
-@numba.njit
+@numba.njit(forceinline=True)
 def _suffix(text, kind, start, stop):
     """Characters of the word that the end makes: dots, 's, punctuation, a unit after a digit; 0 for none."""
     dots = stop
@@ -239,7 +238,7 @@ def _suffix(text, kind, start, stop):
     return 1 if last == 46 and capitals else 0
 
 
-@numba.njit
+@numba.njit(forceinline=True)
 def _middle(text, kind, start, stop, starts, stops, count):
     parted = _contraction(text, kind, start, stop)
     if parted > start:
@@ -248,7 +247,7 @@ def _middle(text, kind, start, stop, starts, stops, count):
         return count + 2
     begin, at = start, start
     while at < stop:
-        width = _infix(text, kind, start, at, stop)
+        width = 0 if kind[at] & (LETTER | DIGIT) else _infix(text, kind, start, at, stop)
         if not width:
             at += 1
             continue
@@ -270,7 +269,7 @@ def _lower(c):
     return c + 32 if 65 <= c <= 90 else c
 
 
-@numba.njit
+@numba.njit(forceinline=True)
 def _contraction(text, kind, start, stop):
     """Where n't, 'll, 're, 've, 'd or 'm begins at the end of letters, digits and underscores; -1 where it does not."""
     quote = -1
@@ -302,12 +301,10 @@ def _is_digit(kind, at, start, stop):
     return start <= at < stop and kind[at] & DIGIT != 0
 
 
-@numba.njit
+@numba.njit(forceinline=True)
 def _infix(text, kind, start, at, stop):
     """Characters of the word that punctuation inside of a run makes here; 0 for none."""
     c = text[at]
-    if kind[at] & (LETTER | DIGIT):
-        return 0
     if c == 46:
         dots = at
         while dots < stop and text[dots] == 46:

@@ -101,7 +101,7 @@ def batches(source: Source, file: SourceFile, *, num_bytes: int = BATCH_BYTES) -
     """
     from llmjax.data import formats
 
-    if file.path.name.endswith(".parquet") or file.path.is_dir():
+    if not file.id.startswith(HUB_PREFIX) and (file.path.name.endswith(".parquet") or file.path.is_dir()):
         yield from formats.parquet_batches(source, file, num_bytes=num_bytes)
         return
     rows: list[Document | Removal] = []

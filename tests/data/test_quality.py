@@ -31,7 +31,8 @@ def texts(data_dir):
         "devils_dictionary.txt", "entre_nous_fr.txt", "tinyshakespeare.txt", "log_school_house.txt")]
     wiki = (data_dir / "wiki" / "wikitext2_test.txt").read_text(encoding="utf-8")
     wrapped = [text.replace("\r\n", "\n") for text in books]
-    found = [text[start:start + 3000] for text in [*books, *wrapped, wiki] for start in range(0, len(text), len(text) // 8)]
+    found = [text[start:start + 3000] for text in [*books, *wrapped, wiki]
+             for start in range(0, len(text) - 3000, len(text) // 8)]
     found += [(data_dir / "html" / "entre_nous_fr.htm").read_bytes()[:4000].decode("latin-1"),
               inspect.getsource(json.decoder), "- one\n" * 80, "the same line\n" * 60,
               "• and of the be\n" * 30 + "end...\n" * 40, "# of the " * 90, "word of the day and " * 100,
@@ -107,7 +108,8 @@ def test_the_compiled_repetition_is_the_plain_one(texts, monkeypatch):
 
 @pytest.mark.parametrize(("run", "parts"), [
     ("don't", ["do", "n't"]), ("(see", ["(", "see"]), ("end.\"", ["end", ".", '"']),
-    ("well-known", ["well", "-", "known"]), ("10km", ["10", "km"]), ("os.path", ["os.path"]), ("http://a.b/c).", ["http://a.b/c", ")", "."]),
+    ("well-known", ["well", "-", "known"]), ("10km", ["10", "km"]), ("os.path", ["os.path"]),
+    ("http://a.b/c).", ["http://a.b/c", ")", "."]),
     ("wait...", ["wait", "..."]), ("cannot", ["can", "not"])])  # fmt: skip
 def test_runs_are_parted_as_english_is(run, parts):
     assert pieces(run) == parts
