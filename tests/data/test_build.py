@@ -16,7 +16,7 @@ import pytest
 from llmjax.core.errors import RunError
 from llmjax.core.sections import DataConfig, TokenizerConfig
 from llmjax.data import build as builds
-from llmjax.data import shards
+from llmjax.data import curate, shards
 from llmjax.data.build import build, data_folder
 from llmjax.data.curate import is_held_out
 from llmjax.data.dedup import content_hash
@@ -178,6 +178,20 @@ def test_a_killed_build_leaves_no_manifest_and_the_next_equals_an_undisturbed_on
     with pytest.raises(RunError, match="no complete data"):
         Manifest.load(tmp_path / "out")
     build(config, TOKENIZER, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_was_prepared_before_a_kill_is_not_read_again(config, tmp_path, monkeypatch):
+    def killed(stage, share, note=""):
+        if stage == "dedup":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(config, TOKENIZER, tmp_path / "out", progress=killed)
+    with monkeypatch.context() as patch:
+        patch.setattr(curate, "batches", lambda *args: pytest.fail("read again"))
+        build(config, TOKENIZER, tmp_path / "out")
+    build(config, TOKENIZER, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -35,6 +35,8 @@ def texts(data_dir):
              for start in range(0, len(text) - 3000, len(text) // 8)]
     found += [(data_dir / "html" / "entre_nous_fr.htm").read_bytes()[:4000].decode("latin-1"),
               inspect.getsource(json.decoder), "- one\n" * 80, "the same line\n" * 60,
+              "- the words of this list and that\n" * 19 + "and the end of the list\n",
+              "the words of this go on...\n" * 8 + "and the end of the line is here, that will be it\n" * 12,
               "• and of the be\n" * 30 + "end...\n" * 40, "# of the " * 90, "word of the day and " * 100,
               "Use { to open. The end of it is near. And so on. Be it so. That is all.\n" * 9,
               "We use cookies to the end of it. Lorem ipsum dolor sit amet, of the and that.\n" * 9]
