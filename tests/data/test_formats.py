@@ -131,5 +131,5 @@ def test_benchmarks_are_held_out_string_by_string(tmp_path, data_dir):
 def test_a_missing_library_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "trafilatura", None)
     Path(tmp_path / "a.html").write_text("<p>x</p>")
-    with pytest.raises(RunError, match=r"'trafilatura' is missing; pip install 'llmjax\[curate\]'"):
+    with pytest.raises(RunError, match=r"'trafilatura' is missing or incomplete .*; pip install 'llmjax\[curate\]'"):
         rows(f"{tmp_path}/a.html")
