@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from llmjax.core import model_rules
+from llmjax.core import model_rules, objective_rules
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.files import write_json
 from llmjax.core.model_sections import ModelConfig
@@ -32,7 +32,7 @@ CONFIG_FILE = "config.json"
 
 # The least value of each size; a size missing here may be anything its type allows.
 AT_LEAST: dict[str, float] = {
-    **model_rules.AT_LEAST,
+    **model_rules.AT_LEAST, **objective_rules.AT_LEAST,
     "tokenizer.vocab_size": 260, "tokenizer.train_bytes": 1, "tokenizer.extend_by": 0,
     "tokenizer.min_bytes_per_token": 0, "tokenizer.max_fertility": 0,
     "data.seq_len": 1, "data.batch_size": 1, "data.min_bytes": 0, "data.max_bytes": 1, "data.holdout_fraction": 0,
@@ -53,7 +53,7 @@ AT_LEAST: dict[str, float] = {
     "serve.max_queue": 0, "serve.max_new_tokens": 1, "serve.grace_seconds": 0,
 }  # fmt: skip
 AT_MOST: dict[str, float] = {
-    **model_rules.AT_MOST,
+    **model_rules.AT_MOST, **objective_rules.AT_MOST,
     "data.holdout_fraction": 1, "data.near_duplicate_jaccard": 1, "optim.decay_fraction": 1, "optim.end_fraction": 1,
     "optim.b1": 1, "optim.b2": 1, "optim.muon_momentum": 1, "guard.rate_cut": 1,
     "data.curation.min_language_confidence": 1, "data.curation.quality_keep": 1, "data.curation.max_toxicity": 1,
@@ -324,11 +324,12 @@ def _derive(config: Config) -> Config:
     evaluation, optim = config.eval, config.optim
     seq_len = evaluation.seq_len or config.data.seq_len
     evaluation = dataclasses.replace(evaluation, seq_len=seq_len, stride=evaluation.stride or max(seq_len // 2, 1))
-    stages = complete(config.stages, config.data, rope_theta=config.model.rope_theta)
+    data = objective_rules.complete_data(config.data, model=config.model, objective=config.task.objective)
+    stages = complete(config.stages, data, rope_theta=config.model.rope_theta)
     optim = dataclasses.replace(optim, adam_learning_rate=optim.adam_learning_rate or optim.learning_rate,
                                 pieces=tuple(rate_pieces(stages, config.data)))
     train = dataclasses.replace(config.train, steps=_total_steps(config, stages))
-    return dataclasses.replace(config, eval=evaluation, optim=optim, train=train, stages=stages)
+    return dataclasses.replace(config, data=data, eval=evaluation, optim=optim, train=train, stages=stages)
 
 
 def _total_steps(config: Config, stages: tuple[StageConfig, ...]) -> int:

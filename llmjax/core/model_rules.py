@@ -20,11 +20,13 @@ AT_LEAST: dict[str, float] = {
     "model.attention.window": 0, "model.attention.global_every": 0, "model.attention.local_rope_theta": 0,
     "model.attention.softcap": 0, "model.attention.scale": 0,
     "model.residual_scale": 0, "model.embedding_scale": 0, "model.logit_scale": 0, "model.logit_softcap": 0,
-    "model.dropout": 0, "model.multi_token": 0,
+    "model.dropout": 0, "model.multi_token": 0, "model.encoder_layers": 0, "model.token_types": 0, "model.start_id": 0,
+    "model.relative_buckets": 4, "model.relative_max_distance": 1,
     "model.moe.num_experts": 0, "model.moe.top_k": 1, "model.moe.expert_mlp_dim": 0, "model.moe.num_shared_experts": 0,
     "model.moe.num_dense_layers": 0, "model.moe.scaling_factor": 0, "model.moe.num_groups": 1,
     "model.moe.top_groups": 1, "model.moe.bias_update_rate": 0, "model.moe.capacity_factor": 0,
     "model.moe.group_size": 0, "model.moe.balance_loss": 0, "model.moe.z_loss": 0, "model.moe.jitter": 0,
+    "model.moe.every": 1, "model.moe.capacity": 0,
     "model.latent.kv_lora_rank": 0, "model.latent.q_lora_rank": 0, "model.latent.qk_nope_head_dim": 1,
     "model.latent.qk_rope_head_dim": 2, "model.latent.v_head_dim": 1,
 }  # fmt: skip
@@ -43,8 +45,9 @@ def _faults(model: ModelConfig) -> Iterator[str]:
                f"{_nearest_divisors(model.num_heads, model.num_kv_heads)}")
     if model.dropout >= 1.0:
         yield f"dropout={model.dropout}: less than 1 is needed"
-    if model.positions == "sinusoidal" and model.dim % 2:
-        yield f"dim={model.dim}: sines and cosines alternate, so it must be even"
+    if model.positions.startswith("sinusoidal") and model.dim % 2:
+        yield f"dim={model.dim}: there are as many sines as cosines, so it must be even"
+    yield from _mask_faults(model)
     yield from _position_faults(model)
     yield from _span_faults(model)
     yield from _latent_faults(model)
@@ -52,8 +55,21 @@ def _faults(model: ModelConfig) -> Iterator[str]:
         yield from _moe_faults(model)
 
 
+def _mask_faults(model: ModelConfig) -> Iterator[str]:
+    mask = model.attention.mask
+    if mask == "causal":
+        return
+    if model.encoder_layers:
+        yield f"attention.mask={mask!r}: beside an encoder the decoder's is 'causal'"
+    for field, value in (("attention.window", model.attention.window), ("multi_token", model.multi_token)):
+        if value:
+            yield f"{field}={value}: with model.attention.mask={mask!r} 0 fits"
+
+
 def _position_faults(model: ModelConfig) -> Iterator[str]:
     scaling, latent = model.rope_scaling, model.latent
+    if model.positions == "relative":
+        yield from _relative_faults(model)
     if model.positions != "rotary":
         if scaling.kind != "none":
             yield f"rope_scaling.kind={scaling.kind!r}: with model.positions={model.positions!r} only 'none' fits"
@@ -74,6 +90,14 @@ def _position_faults(model: ModelConfig) -> Iterator[str]:
                f"model.rope_scaling.beta_fast={scaling.beta_fast} is needed")
 
 
+def _relative_faults(model: ModelConfig) -> Iterator[str]:
+    if model.relative_buckets % 2:
+        yield f"relative_buckets={model.relative_buckets}: half of them are for keys ahead, so it must be even"
+    if model.relative_max_distance <= model.relative_buckets // 2:
+        yield (f"relative_max_distance={model.relative_max_distance}: more than half of model.relative_buckets="
+               f"{model.relative_buckets} is needed")
+
+
 def _span_faults(model: ModelConfig) -> Iterator[str]:
     attention = model.attention
     if attention.window:
@@ -91,6 +115,8 @@ def _latent_faults(model: ModelConfig) -> Iterator[str]:
         return
     if model.positions != "rotary":
         yield f"positions={model.positions!r}: latent attention has rotary ones"
+    if model.encoder_layers:
+        yield f"encoder_layers={model.encoder_layers}: latent attention reads no encoder; 0 fits"
     for field in ("bias", "qk_norm", "sinks"):
         if (value := getattr(model.attention, field)) != "none":
             yield f"attention.{field}={value!r}: latent attention has none"
@@ -108,8 +134,14 @@ def _moe_faults(model: ModelConfig) -> Iterator[str]:
     reachable = moe.num_experts // moe.num_groups * moe.top_groups
     if moe.top_k > reachable:
         yield f"moe.top_k={moe.top_k}: at most the {reachable} experts that a token may choose from fit"
-    if model.activation not in GATED:
-        yield f"activation={model.activation!r}: experts are gated; one of {', '.join(map(repr, GATED))} is needed"
+    if moe.capacity and moe.capacity_factor:
+        yield f"moe.capacity={moe.capacity}: with model.moe.capacity_factor={moe.capacity_factor} 0 fits"
+    for field, layers in (("num_layers", model.num_layers), ("encoder_layers", model.encoder_layers)):
+        if (layers - moe.num_dense_layers) % moe.every and layers:
+            yield (f"{field}={layers}: less model.moe.num_dense_layers={moe.num_dense_layers} it must be a multiple of "
+                   f"model.moe.every={moe.every}")
+    if moe.bias == "all" and model.activation not in GATED:
+        yield f"activation={model.activation!r}: experts with biases are gated; {', '.join(map(repr, GATED))} fit"
 
 
 def _nearest_divisors(whole: int, value: int) -> str:

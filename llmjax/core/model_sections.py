@@ -1,4 +1,4 @@
-"""The `model` section of a config: one decoder, described by its parts. No field names a family of models."""
+"""The `model` section of a config: a Transformer, described by its parts. No field names a family of models."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class RopeScaling:
 class AttentionConfig:
     """What an attention layer does beyond softmax(q k^T) v."""
 
+    mask: Literal["causal", "bidirectional", "prefix"] = "causal"  # keys a query sees: up to its own, all, or also
+    # those of a prefix, which the batch marks
     bias: Literal["none", "qkv", "all"] = "none"  # of the projections
     qk_norm: Literal["none", "head", "full"] = "none"  # of queries and keys: each head alone, or all heads together
     window: int = 0  # keys that a local layer's query sees, its own included; 0: there are no local layers
@@ -46,8 +48,10 @@ class NormConfig:
     kind: Literal["rms", "layer"] = "rms"
     scale: Literal["plain", "one_plus"] = "plain"  # what is stored: the scale, or its distance from one
     bias: Literal["none", "learned"] = "none"
-    placement: Literal["pre", "post", "both"] = "pre"  # before a sublayer, after it (inside the residual), or both
+    placement: Literal["pre", "post", "both", "sum"] = "pre"  # before a sublayer, after it (inside the residual), both,
+    # or after its sum with the residual stream
     embedding: Literal["none", "norm"] = "none"  # one right after the embedding
+    final: Literal["none", "norm"] = "norm"  # one after the last layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,7 @@ class MoEConfig:
     expert_mlp_dim: int = 0  # inner width of an expert; 0: mlp_dim
     num_shared_experts: int = 0  # experts that every token passes, as one MLP of so many times the width
     num_dense_layers: int = 0  # first layers, which keep their dense MLP
+    every: int = 1  # beyond them, the last of every so many layers is sparse
     score: Literal["softmax", "sigmoid"] = "softmax"
     weights: Literal["as_scored", "normalised"] = "normalised"  # whether the chosen experts' scores sum to one
     scaling_factor: float = 1.0  # of the weights
@@ -67,6 +72,7 @@ class MoEConfig:
     router_bias: Literal["none", "learned", "balancing"] = "none"  # balancing: moved against the load, never learned
     bias_update_rate: float = 0.001  # step of the balancing bias
     capacity_factor: float = 0.0  # tokens an expert takes over its even share; 0: all of them (dropless)
+    capacity: int = 0  # tokens an expert takes of a group, whatever its even share; 0: as capacity_factor says
     group_size: int = 0  # tokens that share a capacity; 0: a row
     balance_loss: float = 0.0  # weight of the load-balancing loss
     z_loss: float = 0.0  # weight of the router's log(Z)^2
@@ -87,10 +93,11 @@ class LatentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder: sizes, positions, parts, precision."""
+    """A decoder, alone or on an encoder, or an encoder alone (attention.mask): sizes, positions, parts, precision."""
 
     vocab_size: int = 0  # 0: the tokenizer's
     num_layers: int = 4
+    encoder_layers: int = 0  # of an encoder beside the decoder, which attends to what it makes of the source; 0: none
     dim: int = 256  # width of the residual stream
     num_heads: int = 8
     num_kv_heads: int = 8
@@ -98,7 +105,9 @@ class ModelConfig:
     mlp_dim: int = 1024
     max_seq_len: int = 2048  # the longest context generation allows, and the rows of a learned position table
 
-    positions: Literal["rotary", "alibi", "learned", "sinusoidal", "none"] = "rotary"
+    positions: Literal["rotary", "alibi", "relative", "learned", "sinusoidal", "sinusoidal_halves", "none"] = "rotary"
+    relative_buckets: int = 32  # of distances, each with a learned bias a head
+    relative_max_distance: int = 128  # tokens; what lies further shares the last bucket
     rope_theta: float = 10_000.0
     rope_fraction: float = 1.0  # share of a head's dims that are rotated
     rope_scaling: RopeScaling = RopeScaling()
@@ -115,6 +124,10 @@ class ModelConfig:
     residual_scale: float = 1.0  # of what a sublayer adds
     embedding_scale: float = 1.0
     embeddings: Literal["tied", "untied"] = "untied"
+    token_types: int = 0  # kinds of tokens with an embedding each, which is added; 0: there are none
+    head_transform: Literal["none", "dense"] = "none"  # a layer of the activation and a norm before the head
+    head_bias: Literal["none", "learned"] = "none"  # of the logits
+    start_id: int = 0  # the token before a decoder's first one, where there is an encoder
     logit_scale: float = 1.0
     logit_softcap: float = 0.0  # logits become softcap tanh(logit / softcap); 0: they stay
     dropout: float = 0.0  # of the embedding and of what a sublayer adds, in training

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from llmjax.core.model_sections import ModelConfig
+from llmjax.core.objective_sections import ObjectiveConfig
 from llmjax.core.stage_sections import RatePiece, StageConfig
 
 
@@ -15,6 +16,8 @@ class TaskConfig:
 
     name: Literal["pretrain", "sft", "dpo"] = "pretrain"
     beta: float = 0.1  # DPO: strength of the pull towards the reference policy
+    objective: ObjectiveConfig = ObjectiveConfig()  # of pretraining
+    label_smoothing: float = 0.0  # share of a target's weight that is spread over the whole vocabulary
     z_loss: float = 0.0  # weight of log(Z)^2 beside the cross-entropy
     multi_token: float = 0.3  # weight of the further heads' mean loss, where the model has such heads
 
@@ -26,6 +29,7 @@ class TokenizerConfig:
     path: str = ""  # a tokenizer folder, a workdir or tiktoken:NAME; empty: train on the corpus
     kind: Literal["bpe", "unigram", "byte_bpe"] = "bpe"  # SentencePiece's two, or BPE over bytes
     vocab_size: int = 2048
+    specials: Literal["basic", "objectives"] = "basic"  # objectives: with sentinels, a mask and marks of the middle
     train_bytes: int = 8_000_000  # how much text the trainer sees
     extend_by: int = 0  # pieces learnt on the corpus beyond those of `path`; old ids stay as they are
     min_bytes_per_token: float = 1.2  # of any language or source in the report, below which a tokenizer is refused
@@ -68,7 +72,8 @@ class DataConfig:
     near_duplicate_jaccard: float = 0.7  # 5-word shingles; 0 switches near-deduplication off
     licence: str = "stated by the user"  # recorded for sources given as bare paths
     curation: CurationConfig = CurationConfig()
-    seq_len: int = 512  # tokens in a row
+    seq_len: int = 512  # tokens in a row; with an encoder, in a row of its sources
+    target_len: int = 0  # with an encoder: tokens in a row of targets; 0: as many as the objective makes of seq_len
     batch_size: int = 8  # rows in a global batch (pairs for DPO)
     shuffle_seed: int = 0
     mixture: str = ""  # source=weight:epochs, ... weight: its tokens when left out; epochs: a cap; @FILE; empty: all
