@@ -32,8 +32,9 @@ class Terms:
     slopes_N: jax.Array | None = None  # scores lose slope times distance in slots (ALiBi, Press et al. 2022); constants
     sinks_N: jax.Array | None = None  # a logit in the denominator that no value belongs to (Xiao et al. 2024)
     prefix_BS: jax.Array | None = None  # bool, the slots that every query of their segment sees, for kind "prefix"
+    bias_NR: jax.Array | None = None  # added to scores, by the distance of key and query (relative.py)
 
 
-jax.tree_util.register_dataclass(Terms, data_fields=["slopes_N", "sinks_N", "prefix_BS"], meta_fields=[])
+jax.tree_util.register_dataclass(Terms, data_fields=["slopes_N", "sinks_N", "prefix_BS", "bias_NR"], meta_fields=[])
 
 CAUSAL, NO_TERMS = Options(), Terms()

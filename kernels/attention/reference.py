@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.kernels.attention.options import CAUSAL, NO_TERMS, Options, Terms
+from llmjax.kernels.attention.relative import spread
 
 MASKED = -1e30  # finite, so that a row that sees nothing is not NaN
 
@@ -27,6 +28,8 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax.Array, *, q_segm
     distance_TS = q_offset + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
     if terms.slopes_N is not None:
         scores_BNTS -= terms.slopes_N[None, :, None, None] * jnp.abs(distance_TS)[None, None]
+    if terms.bias_NR is not None:  # of slots relative to the first query and key, whatever their numbers
+        scores_BNTS += spread(terms.bias_NR, queries=slice(0, T), keys=slice(0, S))[None]
     same_BTS = q_segment_ids_BT[:, :, None] == kv_segment_ids_BS[:, None, :]
     visible_BTS = same_BTS & _reached(distance_TS[None], options, terms)
     scores_BNTS = jnp.where(visible_BTS[:, None], scores_BNTS, MASKED)

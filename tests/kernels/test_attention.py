@@ -97,7 +97,7 @@ def test_the_reference_is_its_definition(variant: str) -> None:
 
 def test_blocks_cover_the_sequence_and_stay_few() -> None:
     for T in (1, 127, 128, 512, 1000, 1024, 8192):
-        blocks = list(xla._blocks(T, Options()))
+        blocks = list(xla._blocks(T, T, Options()))
         queries = [block.queries for block in blocks]
         assert queries[0].start == 0 and queries[-1].stop == T and len(blocks) <= xla.MAX_BLOCKS
         assert all(a.stop == b.start for a, b in zip(queries, queries[1:], strict=False))
@@ -105,7 +105,7 @@ def test_blocks_cover_the_sequence_and_stay_few() -> None:
 
 
 def test_keys_before_the_window_are_never_read() -> None:
-    last = list(xla._blocks(8192, Options(window=512)))[-1]
+    last = list(xla._blocks(8192, 8192, Options(window=512)))[-1]
     assert last.keys == slice(7 * 1024 - 511, 8192)
 
 
