@@ -23,7 +23,8 @@ def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array,
     With a softcap the logits are softcap tanh(x w / softcap).
 
     Inside a manual region whose tensor axis splits the vocabulary, `w_DV` is this device's share of it, in order, and
-    the results are the same on all its shards. Both outputs are differentiable with any cotangent per token.
+    tokens are its own. Both outputs are differentiable with any cotangent per token.
     """
-    chunks = num_chunks(x_TD.shape[0], w_DV.shape[1])
-    return xla.linear_cross_entropy(collectives.enter_tensor(x_TD), w_DV, targets_T, chunks, softcap)
+    x_TD, targets_T = collectives.enter_tensor(x_TD, dim=0), collectives.enter_tensor(targets_T, dim=0)
+    loss = xla.linear_cross_entropy(x_TD, w_DV, targets_T, num_chunks(x_TD.shape[0], w_DV.shape[1]), softcap)
+    return jax.tree.map(lambda out_T: collectives.own_share(out_T, dim=0), loss)

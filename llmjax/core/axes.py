@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec
 
-from llmjax.core.mesh import BATCH_AXES, FSDP_AXES
+from llmjax.core.mesh import BATCH_AXES, FSDP_AXES, SEQUENCE_AXES
 
 MeshAxes = str | tuple[str, ...] | None
 Axes = tuple[str | None, ...]
@@ -35,7 +35,7 @@ PARAM_RULES: Rules = {
 
 ACT_RULES: Rules = {
     "batch": BATCH_AXES,
-    "sequence": "context",
+    "sequence": SEQUENCE_AXES,
 }
 
 WHOLE_RULES: Rules = {name: None if axes == FSDP_AXES else axes for name, axes in PARAM_RULES.items()}
@@ -65,7 +65,7 @@ def spec(axes: Axes, rules: Rules) -> PartitionSpec:
 
 
 def batch_spec(ndim: int, sequence_dim: int | None) -> PartitionSpec:
-    """The spec of one batch array: rows over the batch axes, tokens over the context axis where there is such a dim."""
+    """The spec of one batch array: rows over the batch axes, tokens, if any, over the sequence axes."""
     axes: list[str | None] = [None] * ndim
     axes[0] = "batch"
     if sequence_dim is not None:

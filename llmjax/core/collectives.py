@@ -4,8 +4,13 @@ They run inside a `shard_map` that is manual over the whole mesh and vanish on a
 Because every derivative is written here, no differentiated code holds a bare `psum`, whose transpose under
 `check_vma=False` is another `psum` and would scale gradients by the size of the axis.
 
-Megatron's f and g (Shoeybi et al. 2019, section 3) are `enter_tensor` and `leave_tensor`; `gather` is the weight
-gather of FSDP (Zhao et al. 2023) with a float32 reduce-scatter as its derivative.
+Between the tensor-parallel regions of a model each tensor shard holds its own tokens (Korthikanti et al. 2022, section
+4.2.2): `enter_tensor` gathers them, `leave_tensor` reduce-scatters partial results. Outside of the regions a parameter
+is thus used by every shard for its own tokens, inside of them for its own heads or columns: where it is replicated,
+its gradients are shares everywhere, and added up once a step. `gather` is the weight gather of FSDP (Zhao et al. 2023).
+
+Dtypes: gradients of weights, losses and statistics are summed in float32; activations of a tensor-parallel region and
+their derivatives in compute precision, the one in which their shards' matmuls leave them.
 """
 
 from __future__ import annotations
@@ -96,40 +101,57 @@ def gather(weight: jax.Array, spec: PartitionSpec, *, shape: Sequence[int], dtyp
     return _gather(weight, tuple(dims), dtype) if dims else weight.astype(dtype)
 
 
-@jax.custom_vjp
-def _enter_tensor(x: jax.Array) -> jax.Array:
-    return x
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _enter_tensor(x: jax.Array, dim: int) -> jax.Array:
+    return lax.all_gather(x, "tensor", axis=dim, tiled=True)
 
 
-_enter_tensor.defvjp(lambda x: (x, None), lambda _, grad: (lax.psum(grad, "tensor"),))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _leave_tensor(x: jax.Array, dim: int) -> jax.Array:
+    return lax.psum_scatter(x, "tensor", scatter_dimension=dim, tiled=True)
 
 
-@jax.custom_vjp
-def _leave_tensor(x: jax.Array) -> jax.Array:
-    return lax.psum(x, "tensor")
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _own_share(x: jax.Array, dim: int) -> jax.Array:
+    size = x.shape[dim] // manual_size("tensor")
+    return lax.dynamic_slice_in_dim(x, lax.axis_index("tensor") * size, size, dim)
 
 
-_leave_tensor.defvjp(lambda x: (lax.psum(x, "tensor"), None), lambda _, grad: (grad,))
+_enter_tensor.defvjp(lambda x, dim: (_enter_tensor(x, dim), None), lambda dim, _, grad: (_leave_tensor(grad, dim),))
+_leave_tensor.defvjp(lambda x, dim: (_leave_tensor(x, dim), None), lambda dim, _, grad: (_enter_tensor(grad, dim),))
+_own_share.defvjp(lambda x, dim: (_own_share(x, dim), None), lambda dim, _, grad: (_enter_tensor(grad, dim),))
 
 
-def enter_tensor(x: jax.Array) -> jax.Array:
-    """Into a tensor-parallel region: the identity, whose derivative sums what the shards each contribute."""
-    return _enter_tensor(x) if manual_size("tensor") > 1 else x
+def enter_tensor(x: jax.Array, *, dim: int = 1) -> jax.Array:
+    """Into a tensor-parallel region: the tokens (on `dim`) of all its shards; its derivative sums what they contribute.
+
+    Also for what is not differentiated: token numbers, positions, documents.
+    """
+    return _enter_tensor(x, dim) if manual_size("tensor") > 1 else x
 
 
-def leave_tensor(x: jax.Array) -> jax.Array:
-    """Out of a tensor-parallel region: the sum of the shards' partial results, whose derivative is the identity."""
-    return _leave_tensor(x) if manual_size("tensor") > 1 else x
+def leave_tensor(x: jax.Array, *, dim: int = 1) -> jax.Array:
+    """Out of a tensor-parallel region: the sum of the shards' partial results, of which each keeps its own tokens."""
+    return _leave_tensor(x, dim) if manual_size("tensor") > 1 else x
 
 
-def share_over_tensor(weight: jax.Array) -> jax.Array:
-    """A weight that all tensor-parallel shards hold whole, each for its own heads: its derivatives are summed."""
-    return _enter_tensor(weight) if manual_size("tensor") > 1 else weight
+def own_share(x: jax.Array, *, dim: int = 1) -> jax.Array:
+    """Out of a tensor-parallel region with what all of its shards know: each keeps its own tokens."""
+    return _own_share(x, dim) if manual_size("tensor") > 1 else x
 
 
-def add_over_tensor(x: jax.Array) -> jax.Array:
-    """The sum of the shards' partial results within a tensor-parallel region; so is its derivative."""
-    return _enter_tensor(_leave_tensor(x)) if manual_size("tensor") > 1 else x
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _add_over(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return lax.psum(x, axes)
+
+
+_add_over.defvjp(lambda x, axes: (lax.psum(x, axes), None), lambda axes, _, grad: (lax.psum(grad, axes),))
+
+
+def add_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """The sum over mesh axes of what is differentiated, known to all; its derivative adds up what each makes of it."""
+    present = split_axes(axes)
+    return _add_over(x, present) if present else x
 
 
 def shard_index(axis: str) -> jax.Array | int:
@@ -161,28 +183,33 @@ def pass_on(x: jax.Array, axis: str) -> jax.Array:
     return _pass_on(x, axis) if manual_size(axis) > 1 else x
 
 
+def pass_back(x: jax.Array, axis: str) -> jax.Array:
+    """What the neighbour after this one holds, for derivatives that are no derivative's result any more."""
+    return _pass_back(axis, None, x)[0] if manual_size(axis) > 1 else x
+
+
 @jax.custom_vjp
 def _to_all_stages(x: jax.Array) -> jax.Array:
     return lax.all_gather(x, "stage", axis=0, tiled=True)
 
 
-@jax.custom_vjp
-def _from_first_stage(x: jax.Array) -> jax.Array:
-    first = jnp.where(lax.axis_index("stage") == 0, x, jnp.zeros_like(x))  # one term: exact in any dtype
-    return lax.psum_scatter(first, "stage", scatter_dimension=0, tiled=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _from_stage(x: jax.Array, stage: int, dim: int) -> jax.Array:
+    held = jnp.where(lax.axis_index("stage") == stage, x, jnp.zeros_like(x))  # one term: exact in any dtype
+    return lax.psum_scatter(held, "stage", scatter_dimension=dim, tiled=True)
 
 
 def _to_all_stages_bwd(_: None, grad: jax.Array) -> tuple[jax.Array]:
     return (lax.psum_scatter(grad, "stage", scatter_dimension=0, tiled=True),)
 
 
-def _from_first_stage_bwd(_: None, grad: jax.Array) -> tuple[jax.Array]:
-    whole = lax.all_gather(grad, "stage", axis=0, tiled=True)
-    return (jnp.where(lax.axis_index("stage") == 0, whole, jnp.zeros_like(whole)),)
+def _from_stage_bwd(stage: int, dim: int, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    whole = lax.all_gather(grad, "stage", axis=dim, tiled=True)
+    return (jnp.where(lax.axis_index("stage") == stage, whole, jnp.zeros_like(whole)),)
 
 
 _to_all_stages.defvjp(lambda x: (_to_all_stages(x), None), _to_all_stages_bwd)
-_from_first_stage.defvjp(lambda x: (_from_first_stage(x), None), _from_first_stage_bwd)
+_from_stage.defvjp(lambda x, stage, dim: (_from_stage(x, stage, dim), None), _from_stage_bwd)
 
 
 def to_all_stages(x: jax.Array) -> jax.Array:
@@ -190,9 +217,9 @@ def to_all_stages(x: jax.Array) -> jax.Array:
     return _to_all_stages(x) if manual_size("stage") > 1 else x
 
 
-def from_first_stage(x: jax.Array) -> jax.Array:
-    """Each stage's share of the rows that the first one holds."""
-    return _from_first_stage(x) if manual_size("stage") > 1 else x
+def from_stage(x: jax.Array, stage: int, *, dim: int) -> jax.Array:
+    """Each stage's share, along `dim`, of what one of them holds."""
+    return _from_stage(x, stage, dim) if manual_size("stage") > 1 else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

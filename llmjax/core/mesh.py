@@ -20,9 +20,11 @@ from llmjax.core.sections import AXIS_NAMES, Config, MeshConfig
 # reduce-scatters.
 FSDP_AXES = ("fsdp", "fsdp_y", "fsdp_z")
 MESH_AXES = ("slice", "stage", "data", *FSDP_AXES, "expert", "context", "tensor")
-# Axes over which the rows of a batch are spread inside the blocks, and with them the sequence.
+# Axes over which the rows of a batch are spread inside the blocks, and those over which the sequence is: tensor shards
+# share the tokens wherever they do not share the heads.
 ROW_AXES = ("slice", "data", *FSDP_AXES, "expert")
-TOKEN_AXES = (*ROW_AXES, "context")
+SEQUENCE_AXES = ("context", "tensor")
+TOKEN_AXES = (*ROW_AXES, *SEQUENCE_AXES)
 # Outside of the blocks, for embedding and loss, the stages share the rows as well.
 BATCH_AXES = (*ROW_AXES, "stage")
 # Sizes of a config, and the mesh axis over which what they count is spread.
@@ -125,6 +127,12 @@ def check_fits(config: Config, mesh: Mesh) -> None:
                           f"{config.model.moe.capacity_factor} a group of tokens stays together; 1 fits")
     if sizes["stage"] > 1 or config.mesh.rounds > 1:
         _check_stages(config, sizes["stage"])
+    lengths = {"data.seq_len": config.data.seq_len} if not config.stages else {
+        f"stages.{place}.seq_len": stage.seq_len for place, stage in enumerate(config.stages)}
+    for path, length in lengths.items():
+        _check_spread(path, length, {f"mesh.{axis}": sizes[axis] for axis in SEQUENCE_AXES})
+        if sizes["context"] > 1:  # each shard holds a piece from the front and one from the back
+            _check_spread(path, length, {"2 * mesh.context": 2 * sizes["context"]})
     if sizes["context"] > 1:
         _check_context(config, sizes)
     rows = {f"mesh.{axis}": sizes[axis] for axis in AXIS_NAMES if axis in ROW_AXES}
@@ -137,10 +145,6 @@ def check_fits(config: Config, mesh: Mesh) -> None:
 
 
 def _check_context(config: Config, sizes: Mapping[str, int]) -> None:
-    lengths = {"data.seq_len": config.data.seq_len} if not config.stages else {
-        f"stages.{place}.seq_len": stage.seq_len for place, stage in enumerate(config.stages)}
-    for path, length in lengths.items():  # each shard holds a piece from the front and one from the back
-        _check_spread(path, length, {"2 * mesh.context": 2 * sizes["context"]})
     method = config.mesh.context_method
     if method == "ulysses":
         heads = {f"mesh.{axis}": sizes[axis] for axis in ("tensor", "context")}
@@ -157,6 +161,8 @@ def _check_stages(config: Config, num_stages: int) -> None:
     _check_spread("model.num_layers", config.model.num_layers, parts)
     if config.model.moe.num_experts:
         _check_spread("model.moe.num_dense_layers", config.model.moe.num_dense_layers, parts)
+    if config.mesh.schedule == "1f1b" and num_stages > 1:
+        _check_1f1b(config, num_stages)
     if config.mesh.rounds == 1:
         return
     if config.mesh.schedule != "circular":
@@ -165,6 +171,17 @@ def _check_stages(config: Config, num_stages: int) -> None:
     if config.train.accumulation < num_stages:
         raise ConfigError(f"train.accumulation={config.train.accumulation}: with mesh.rounds={config.mesh.rounds} a "
                           f"microbatch is needed for each stage; nearest: {num_stages}")
+
+
+def _check_1f1b(config: Config, num_stages: int) -> None:
+    """The loss of a microbatch is taken within the schedule, by all stages together."""
+    if config.task.name == "dpo":
+        raise ConfigError("mesh.schedule=1f1b: task.name=dpo compares whole answers; gpipe fits")
+    if config.model.moe.num_dense_layers:
+        raise ConfigError(f"mesh.schedule=1f1b: model.moe.num_dense_layers={config.model.moe.num_dense_layers} makes "
+                          "layers of two kinds; gpipe fits")
+    parts = {"mesh.context": config.mesh.context, "mesh.tensor": config.mesh.tensor, "mesh.stage": num_stages}
+    _check_spread("data.seq_len", config.data.seq_len, parts)
 
 
 def _check_spread(path: str, value: int, parts: Mapping[str, int]) -> None:

@@ -100,7 +100,7 @@ class MeshConfig:
     tensor: int = 1
     shard: Literal["parameters", "gradients", "optimizer", "nothing"] = "parameters"  # fsdp as ZeRO-3, 2, 1 or none
     context_method: Literal["ring", "all_gather", "ulysses"] = "ring"  # how queries meet the keys of other shards
-    schedule: Literal["gpipe", "circular"] = "gpipe"  # of train.accumulation microbatches through the stages
+    schedule: Literal["gpipe", "1f1b", "circular"] = "gpipe"  # of train.accumulation microbatches through the stages
     rounds: int = 1  # circular: how often a microbatch passes every stage
     torus: str = ""  # of the chips, as in 4x4x4, along which a large fsdp axis is split; empty: asked of the devices
 

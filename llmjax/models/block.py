@@ -76,7 +76,7 @@ class Block(nnx.Module):
         if isinstance(self.mlp, MLP):
             return self.mlp(x_BTD), {}
         noise = inputs.noise.at(layer=index, site=ROUTER_SITE) if inputs.noise else None
-        out_BTD, sums = self.mlp(x_BTD, real_BT=inputs.q_segment_ids_BT > 0, noise=noise)
+        out_BTD, sums = self.mlp(x_BTD, real_BT=inputs.real_BT, noise=noise)
         return out_BTD, {"router": sums}
 
     def _before(self, sublayer: str, x_BTD: jax.Array) -> jax.Array:

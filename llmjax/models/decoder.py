@@ -19,6 +19,7 @@ from llmjax.core import axes as axes_lib
 from llmjax.core import collectives
 from llmjax.core.model_sections import ModelConfig, Span
 from llmjax.core.task import Params
+from llmjax.models import pipeline
 from llmjax.models.auxiliary import moved
 from llmjax.models.block import Aux, Block, Layer, LayerOutput
 from llmjax.models.cache import Cache
@@ -29,7 +30,7 @@ from llmjax.models.multi_token import AheadOutput, Depth, run_depths
 from llmjax.models.noise import Noise, dropout
 from llmjax.models.norm import Norm
 from llmjax.models.param import logical_axes, stack, weight
-from llmjax.models.stack import ApplyBlock, Execution, run_layers
+from llmjax.models.stack import ApplyBlock, Execution, run_here, run_layers
 
 EMBEDDING_SITE = 0  # of the randomness outside of the layers
 
@@ -64,19 +65,20 @@ class Decoder(nnx.Module):
                  cache: Cache | None, noise: Noise | None, execution: Execution) -> Output:
         inputs = block_inputs(self.config, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache,
                               noise=noise, context_method=execution.context_method)
-        x_BTD = self._embed(tokens_BT, positions_BT, noise)
+        x_BTD = self.embed(tokens_BT, positions_BT, noise)
         caches: dict[str, Any] = {}
         aux: Aux = {}
         for group in layer_groups(self.config):
-            x_BTD, left = self._run(group, x_BTD, inputs, cache, execution=execution)
+            x_BTD, left = run_layers(self.functions_of(group), x_BTD, self.layers_of(group, cache), inputs,
+                                     execution=execution)
             caches[group.name] = left.cache
             aux |= left.aux
         if cache:
             cache = Cache(caches, inputs.kv_segment_ids_BS, cache.length + positions_BT.shape[1])
-        x_BTD = self.final_norm(x_BTD)
-        return Output(x_BTD if self.config.logit_scale == 1.0 else x_BTD * self.config.logit_scale, cache, aux)
+        return Output(self.finish(x_BTD), cache, aux)
 
-    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, noise: Noise | None) -> jax.Array:
+    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, noise: Noise | None) -> jax.Array:
+        """What the first layer reads."""
         x_BTD = self.embedder(tokens_BT, positions_BT)
         if self.config.norm.embedding == "norm":
             x_BTD = self.embedding_norm(x_BTD)
@@ -84,19 +86,26 @@ class Decoder(nnx.Module):
             return x_BTD
         return dropout(x_BTD, noise.at(layer=self.config.num_layers, site=EMBEDDING_SITE), rate=self.config.dropout)
 
-    def _run(self, group: LayerGroup, x_BTD: jax.Array, inputs: BlockInputs, cache: Cache | None, *,
-             execution: Execution) -> tuple[jax.Array, LayerOutput]:
-        """`x_BTD` through the layers of a group; what they leave is stacked."""
-        blockdef, stacked = nnx.split(getattr(self, group.name))
+    def finish(self, x_BTD: jax.Array) -> jax.Array:
+        """From what the last layer leaves to what the head reads."""
+        x_BTD = self.final_norm(x_BTD)
+        return x_BTD if self.config.logit_scale == 1.0 else x_BTD * self.config.logit_scale
+
+    def functions_of(self, group: LayerGroup) -> list[ApplyBlock]:
+        """The functions of a group's layers, by their place in its period."""
+        blockdef, _ = nnx.split(getattr(self, group.name))
 
         def apply_block(x_BTD: jax.Array, layer: Layer, inputs: BlockInputs, *,
                         span: Span) -> tuple[jax.Array, LayerOutput]:
             return nnx.merge(blockdef, layer.params)(x_BTD, inputs, layer, span=span)
 
+        return [functools.partial(apply_block, span=span) for span in group.spans]
+
+    def layers_of(self, group: LayerGroup, cache: Cache | None) -> Layer:
+        """The layers of a group, stacked."""
+        _, stacked = nnx.split(getattr(self, group.name))
         numbers_L = group.first_layer + jnp.arange(group.num_layers)
-        layers = Layer(stacked, cache.layers[group.name] if cache else None, numbers_L)
-        blocks: list[ApplyBlock] = [functools.partial(apply_block, span=span) for span in group.spans]
-        return run_layers(blocks, x_BTD, layers, inputs, execution=execution)
+        return Layer(stacked, cache.layers[group.name] if cache else None, numbers_L)
 
     def look_ahead(self, hidden_BTD: jax.Array, batch: Mapping[str, jax.Array], *, noise: Noise | None,
                    execution: Execution) -> AheadOutput:
@@ -104,7 +113,7 @@ class Decoder(nnx.Module):
         inputs = block_inputs(self.config, positions_BT=batch["positions_BT"], segment_ids_BT=batch["segment_ids_BT"],
                               cache=None, noise=noise, context_method=execution.context_method)
         return run_depths(self.multi_token, hidden_BTD, batch, inputs=inputs, num_depths=self.config.multi_token,
-                          embed=lambda tokens_BT: self._embed(tokens_BT, batch["positions_BT"], noise),
+                          embed=lambda tokens_BT: self.embed(tokens_BT, batch["positions_BT"], noise),
                           first_layer=self.config.num_layers + 1, execution=execution)
 
     def head_kernel(self) -> jax.Array:
@@ -171,6 +180,29 @@ def forward(model: Model, params: Params, tokens_BT: jax.Array, *, positions_BT:
     decoder = nnx.merge(model.graphdef, params)
     return decoder(tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache, noise=noise,
                    execution=execution)
+
+
+def embed(model: Model, params: Params, tokens_BT: jax.Array, *, positions_BT: jax.Array,
+          noise: Noise | None) -> jax.Array:
+    """What the first layer reads, (B, T, D)."""
+    return nnx.merge(model.graphdef, params).embed(tokens_BT, positions_BT, noise)
+
+
+def run_stage(model: Model, params: Params, x_BTD: jax.Array, *, positions_BT: jax.Array, segment_ids_BT: jax.Array,
+              noise: Noise | None, execution: Execution) -> tuple[jax.Array, Aux]:
+    """Rows through the layers of this stage of a pipeline, of a decoder whose layers are all of one kind."""
+    decoder = nnx.merge(model.graphdef, params)
+    (group,) = layer_groups(model.config)
+    inputs = block_inputs(model.config, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=None,
+                          noise=noise, context_method=execution.context_method)
+    layers = pipeline.own_layers(decoder.layers_of(group, None))
+    x_BTD, left = run_here(decoder.functions_of(group), x_BTD, layers, inputs, execution=execution)
+    return x_BTD, left.aux
+
+
+def finish(model: Model, params: Params, x_BTD: jax.Array) -> jax.Array:
+    """From what the last layer leaves to what the head reads."""
+    return nnx.merge(model.graphdef, params).finish(x_BTD)
 
 
 def look_ahead(model: Model, params: Params, hidden_BTD: jax.Array, batch: Mapping[str, jax.Array], *,

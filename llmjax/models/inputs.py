@@ -10,6 +10,7 @@ import dataclasses
 import jax
 from jax import lax
 
+from llmjax.core import collectives
 from llmjax.core.model_sections import ModelConfig, Span
 from llmjax.models.cache import Cache
 from llmjax.models.noise import Noise
@@ -18,8 +19,12 @@ from llmjax.models.rope import RopeTables, tables
 
 @dataclasses.dataclass(frozen=True)
 class BlockInputs:
-    """Rotary tables by span, who belongs to which document, where new slots begin, the randomness of training."""
+    """Rotary tables by span, who belongs to which document, where new slots begin, the randomness of training.
 
+    Tables and documents are of all tokens of a tensor-parallel region, `real_BT` and the noise of this shard's own.
+    """
+
+    real_BT: jax.Array  # whether a token is none of the padding
     rope: dict[Span, RopeTables | None]
     q_segment_ids_BT: jax.Array  # 0: padding
     kv_segment_ids_BS: jax.Array
@@ -29,17 +34,19 @@ class BlockInputs:
 
 
 jax.tree_util.register_dataclass(
-    BlockInputs, data_fields=["rope", "q_segment_ids_BT", "kv_segment_ids_BS", "q_offset", "noise"],
+    BlockInputs, data_fields=["real_BT", "rope", "q_segment_ids_BT", "kv_segment_ids_BS", "q_offset", "noise"],
     meta_fields=["context_method"])
 
 
 def block_inputs(config: ModelConfig, *, positions_BT: jax.Array, segment_ids_BT: jax.Array, cache: Cache | None,
                  noise: Noise | None, context_method: str = "ring") -> BlockInputs:
     """Computed once a forward pass; with a cache, the new tokens' slots follow those that are filled."""
+    real_BT = segment_ids_BT > 0
+    positions_BT, segment_ids_BT = collectives.enter_tensor(positions_BT), collectives.enter_tensor(segment_ids_BT)
     turns = tables(config, positions_BT, span="global")
     local_turns = tables(config, positions_BT, span="local") if config.attention.local_rope_theta else turns
     rope: dict[Span, RopeTables | None] = {"global": turns, "local": local_turns}
     if cache is None:
-        return BlockInputs(rope, segment_ids_BT, segment_ids_BT, 0, noise, context_method)
+        return BlockInputs(real_BT, rope, segment_ids_BT, segment_ids_BT, 0, noise, context_method)
     kv_segment_ids_BS = lax.dynamic_update_slice_in_dim(cache.segment_ids_BS, segment_ids_BT, cache.length, axis=1)
-    return BlockInputs(rope, segment_ids_BT, kv_segment_ids_BS, cache.length, noise, context_method)
+    return BlockInputs(real_BT, rope, segment_ids_BT, kv_segment_ids_BS, cache.length, noise, context_method)

@@ -63,13 +63,13 @@ class LatentAttention(nnx.Module):
                  span: Span) -> tuple[jax.Array, LatentCache | None]:
         q_BTNH, q_BTNP = jnp.split(self._queries(x_BTD), (self.config.qk_nope_head_dim,), axis=-1)
         q_BTNP = rope.rotate(q_BTNP, inputs.rope[span])
-        latent_BSR, k_BSP = self._latent(x_BTD, inputs.rope[span])
+        latent_BSR, k_BSP = self._latent(x_BTD)
+        k_BSP = rope.rotate(k_BSP[:, :, None], inputs.rope[span])[:, :, 0]
         if cache is not None:
             latent_BSR = lax.dynamic_update_slice_in_dim(cache.latent_BSR, latent_BSR, inputs.q_offset, axis=1)
             k_BSP = lax.dynamic_update_slice_in_dim(cache.k_BSP, k_BSP, inputs.q_offset, axis=1)
             cache = LatentCache(latent_BSR, k_BSP)
-        latent_BSR, k_BSP = collectives.enter_tensor(latent_BSR), collectives.enter_tensor(k_BSP)
-        attend = self._absorbed if self._absorbing_pays(x_BTD.shape[1], latent_BSR.shape[1]) else self._expanded
+        attend = self._absorbed if self._absorbing_pays(q_BTNH.shape[1], latent_BSR.shape[1]) else self._expanded
         out_BTNW = attend(q_BTNH, q_BTNP, latent_BSR, k_BSP, inputs=inputs, span=span)
         return collectives.leave_tensor(dense(out_BTNW, weight(self.o, self.dtype), num_in_dims=2)), cache
 
@@ -79,10 +79,12 @@ class LatentAttention(nnx.Module):
         latent_BTQ = self.q_norm(dense(x_BTD, weight(self.q_down, self.dtype)))
         return dense(collectives.enter_tensor(latent_BTQ), weight(self.q_up, self.dtype))
 
-    def _latent(self, x_BTD: jax.Array, tables: rope.RopeTables | None) -> tuple[jax.Array, jax.Array]:
-        """The latent of each token and its rotated key."""
+    def _latent(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The latent of each token and its key, not yet rotated; into the tensor-parallel region go only these."""
         latent_BTR, k_BTP = jnp.split(dense(x_BTD, weight(self.kv_down, self.dtype)), (self.config.kv_lora_rank,), -1)
-        return self.kv_norm(latent_BTR), rope.rotate(k_BTP[:, :, None], tables)[:, :, 0]
+        both_BTC = collectives.enter_tensor(jnp.concatenate([self.kv_norm(latent_BTR), k_BTP], axis=-1))
+        latent_BSR, k_BSP = jnp.split(both_BTC, (self.config.kv_lora_rank,), -1)
+        return latent_BSR, k_BSP
 
     def _absorbing_pays(self, num_queries: int, num_slots: int) -> bool:
         """Whether multiplying queries and results with the up-projection is less work than multiplying all slots."""

@@ -74,10 +74,15 @@ class MLP(nnx.Module):
             self.down_bias = param(rngs, (D,), axes=("norm",), init=zeros, dtype=dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x_BTD = collectives.enter_tensor(x_BTD)
+        return self.whole(collectives.leave_tensor(self.part(collectives.enter_tensor(x_BTD))))
+
+    def part(self, x_BTD: jax.Array) -> jax.Array:
+        """What this shard's columns add to the result, within a tensor-parallel region."""
         inputs_BTF = tuple(self._input(x_BTD, name) for name in self.inputs)
-        out_BTD = _activate_and_project(inputs_BTF, weight(self.down, self.dtype), self.activation)
-        out_BTD = collectives.leave_tensor(out_BTD)
+        return _activate_and_project(inputs_BTF, weight(self.down, self.dtype), self.activation)
+
+    def whole(self, out_BTD: jax.Array) -> jax.Array:
+        """The result, given the sum of all parts."""
         return out_BTD + weight(self.down_bias, self.dtype)[None, None] if self.has_bias else out_BTD
 
     def _input(self, x_BTD: jax.Array, name: str) -> jax.Array:
@@ -111,6 +116,7 @@ class Embedder(nnx.Module):
         table_VD = weight(self.table, self.dtype)
         if collectives.manual_size("tensor") == 1:
             return table_VD[tokens_BT]
+        tokens_BT = collectives.enter_tensor(tokens_BT)
         local_BT = tokens_BT - collectives.shard_index("tensor") * table_VD.shape[0]
         held_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
         rows_BTD = table_VD[jnp.where(held_BT, local_BT, 0)] * held_BT[..., None].astype(table_VD.dtype)

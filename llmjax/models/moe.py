@@ -39,20 +39,17 @@ class MoE(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, *, real_BT: jax.Array,
                  noise: Noise | None = None) -> tuple[jax.Array, RouterSums]:
-        routing = self.router(x_BTD, real_BT=real_BT, noise=noise)
+        routing = _enter(self.router(x_BTD, real_BT=real_BT, noise=noise), num_rows=x_BTD.shape[0])
         inner_BTD = collectives.enter_tensor(x_BTD)
         # The sum over experts is taken within the tensor-parallel region, where each shard holds a part of F.
-        weights_NK = collectives.enter_tensor(routing.weights_NK)
-        routing = dataclasses.replace(routing, weights_NK=weights_NK)
         if self.config.capacity_factor:
-            out_BTD, dropped = self._with_capacity(inner_BTD, routing, real_BT=real_BT)
+            out_BTD, dropped = self._with_capacity(inner_BTD, routing, real_BT=collectives.enter_tensor(real_BT))
             routing = dataclasses.replace(routing, sums=dataclasses.replace(routing.sums, dropped=dropped))
         else:
             out_BTD = self._dropless(inner_BTD, routing)
-        out_BTD = collectives.leave_tensor(out_BTD)
-        if self.config.num_shared_experts:
-            out_BTD = out_BTD + self.shared(x_BTD)
-        return out_BTD, routing.sums
+        if not self.config.num_shared_experts:
+            return collectives.leave_tensor(out_BTD), routing.sums
+        return self.shared.whole(collectives.leave_tensor(out_BTD + self.shared.part(inner_BTD))), routing.sums
 
     def _dropless(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
         K, D = self.config.top_k, x_BTD.shape[-1]
@@ -96,8 +93,8 @@ class MoE(nnx.Module):
                                   routing.weights_NK.reshape(-1, S, K))
         slots_GECD = self._slots_at_the_experts(jnp.einsum("GSEC,GSD->GECD", dispatch_GSEC, x_GSD))
         out_GSD = jnp.einsum("GSEC,GECD->GSD", combine_GSEC, slots_GECD)  # a float32 sum
-        kept_GS = jnp.sum(place_GSKC, axis=(2, 3)) / K
-        dropped = jnp.sum(real_BT.reshape(-1, S) * (1.0 - kept_GS))
+        kept_BT = (jnp.sum(place_GSKC, axis=(2, 3)) / K).reshape(real_BT.shape)
+        dropped = jnp.sum(collectives.own_share(real_BT * (1.0 - kept_BT)))
         return out_GSD.astype(self.dtype).reshape(x_BTD.shape), dropped
 
     def _slots_at_the_experts(self, slots_GECD: jax.Array) -> jax.Array:
@@ -134,7 +131,7 @@ class Experts(nnx.Module):
             up_RF = up_RF + _of_rows(weight(self.up_bias, self.dtype), expert_R)
         out_RD = grouped_matmul(gated(gate_RF, up_RF, self.config.activation), weight(self.down, self.dtype), sizes_L)
         if self.config.moe.bias == "all":  # every shard of F adds its part of the one bias
-            bias_LD = collectives.enter_tensor(weight(self.down_bias, self.dtype)) / collectives.manual_size("tensor")
+            bias_LD = weight(self.down_bias, self.dtype) / collectives.manual_size("tensor")
             out_RD = out_RD + _of_rows(bias_LD, expert_R)
         return out_RD
 
@@ -142,6 +139,15 @@ class Experts(nnx.Module):
 def expert_width(config: ModelConfig) -> int:
     """The inner width of an expert."""
     return config.moe.expert_mlp_dim or config.mlp_dim
+
+
+def _enter(routing: Routing, *, num_rows: int) -> Routing:
+    """The routing of all tokens of a tensor-parallel region; sums stay those of this shard's own."""
+    def whole(x_NK: jax.Array) -> jax.Array:
+        K = x_NK.shape[-1]
+        return collectives.enter_tensor(x_NK.reshape(num_rows, -1, K)).reshape(-1, K)
+
+    return dataclasses.replace(routing, experts_NK=whole(routing.experts_NK), weights_NK=whole(routing.weights_NK))
 
 
 def places(experts_GSK: jax.Array, real_GS: jax.Array, *, num_experts: int, capacity: int) -> jax.Array:

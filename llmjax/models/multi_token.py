@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmjax.core import collectives
 from llmjax.core.model_sections import ModelConfig
 from llmjax.models.block import Aux, Block, Layer
 from llmjax.models.dense import dense
@@ -83,8 +84,9 @@ def run_depths(depths: nnx.Module, hidden_BTD: jax.Array, batch: Mapping[str, ja
 
     def apply(hidden_BTD: jax.Array, layer: tuple[Layer, Ahead], inputs: BlockInputs) -> tuple[jax.Array, tuple]:
         own, reads = layer
-        inputs = dataclasses.replace(inputs, q_segment_ids_BT=reads.segment_ids_BT,
-                                     kv_segment_ids_BS=reads.segment_ids_BT)
+        segment_ids_BT = collectives.enter_tensor(reads.segment_ids_BT)
+        inputs = dataclasses.replace(inputs, real_BT=reads.segment_ids_BT > 0, q_segment_ids_BT=segment_ids_BT,
+                                     kv_segment_ids_BS=segment_ids_BT)
         hidden_BTD, aux = nnx.merge(definition, own.params)(hidden_BTD, embed(reads.tokens_BT), inputs, own)
         return hidden_BTD, (hidden_BTD, aux)
 
@@ -115,4 +117,5 @@ def _stacked_ahead(batch: Mapping[str, jax.Array], num_depths: int) -> Ahead:
 
 def _right(x_BT: jax.Array) -> jax.Array:
     """What stands to the right of each position; 0 at the end of the row."""
-    return jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
+    whole_BT = collectives.enter_tensor(x_BT)
+    return collectives.own_share(jnp.pad(whole_BT[:, 1:], ((0, 0), (0, 1))))

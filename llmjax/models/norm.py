@@ -74,10 +74,10 @@ class HeadNorm(nnx.Module):
         x32_BTNH = x_BTNH.astype(jnp.float32)
         if self.over == "head":
             mean_BTN1 = jnp.mean(jnp.square(x32_BTNH), axis=-1, keepdims=True)
-            scale_NH = collectives.share_over_tensor(scale)[None]
+            scale_NH = scale[None]
         else:
             total_BT11 = jnp.sum(jnp.square(x32_BTNH), axis=(-2, -1), keepdims=True)
-            mean_BTN1 = collectives.add_over_tensor(total_BT11) / (self.num_heads * x_BTNH.shape[-1])
+            mean_BTN1 = collectives.add_over(total_BT11, ("tensor",)) / (self.num_heads * x_BTNH.shape[-1])
             scale_NH = scale
         return (x32_BTNH * lax.rsqrt(mean_BTN1 + self.eps) * scale_NH[None, None]).astype(x_BTNH.dtype)
 

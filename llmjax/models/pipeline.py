@@ -1,8 +1,7 @@
 """Stacked layers spread over the stage axis, and microbatches that pass from stage to stage.
 
-GPipe (Huang et al. 2019) with one round; with v rounds every stage holds v runs of layers, and a microbatch passes all
-stages v times (the interleaved schedule of Narayanan et al. 2021, section 2.2). At tick t stage s works on item t - s
-of v M, item i being microbatch i % M in round i // M. Of v M + p - 1 ticks a stage is idle for p - 1.
+The table of models/schedules.py says who works on what: GPipe with one round; with v rounds every stage holds v runs of
+layers, and a microbatch passes all stages v times. Differentiating the scan gives the way back (1f1b: train/pipeline).
 
 Outside of the layers the stages share the rows: embedding and loss cost a stage its share, not all of them all.
 
@@ -18,75 +17,58 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from llmjax.core import collectives
+from llmjax.models.schedules import IDLE, schedule
 
 AXIS = "stage"
 RunLayers = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]  # (x_bTD, layers, shared) -> (x_bTD, left)
 
 
-def num_ticks(*, num_stages: int, num_microbatches: int, rounds: int) -> int:
-    """How many runs of layers one after another a step takes, forward."""
-    return rounds * num_microbatches + num_stages - 1
-
-
-def bubble(*, num_stages: int, num_microbatches: int, rounds: int) -> float:
-    """The share of its time that a stage is idle: (p - 1) / (v M + p - 1)."""
-    return (num_stages - 1) / num_ticks(num_stages=num_stages, num_microbatches=num_microbatches, rounds=rounds)
-
-
-def schedule(*, num_stages: int, num_microbatches: int, rounds: int) -> list[list[tuple[int, int] | None]]:
-    """By tick and stage the (round, microbatch) that is worked on, None where there is none."""
-    items = rounds * num_microbatches
-    ticks = num_ticks(num_stages=num_stages, num_microbatches=num_microbatches, rounds=rounds)
-    return [[divmod(tick - stage, num_microbatches) if 0 <= tick - stage < items else None
-             for stage in range(num_stages)] for tick in range(ticks)]
-
-
 def run_stages(run_layers: RunLayers, x_BTD: jax.Array, layers: Any, shared: Any, *, num_microbatches: int,
                rounds: int) -> tuple[jax.Array, Any]:
-    """`x_BTD` through the layers of all stages, and what they leave.
+    """`x_BTD` through the layers of all stages, forward, and what they leave.
 
     Leaves of `layers` are this stage's, (L / p, ...), or whole, (L, ...); what layers leave is summed over microbatches
     and comes as (L, ...) with zeros for the layers of other stages.
     """
     p, stage, M = collectives.manual_size(AXIS), lax.axis_index(AXIS), num_microbatches
+    table = schedule("gpipe", num_stages=p, num_microbatches=M, rounds=rounds).forward_KP
+    table = table[np.any(table != IDLE, axis=1)]
     runs = _runs(layers, rounds=rounds)
-    buffer_MbTD = _microbatches(collectives.to_all_stages(x_BTD), M)
+    buffer_MbTD = microbatches(collectives.to_all_stages(x_BTD), M)
     shared_M = jax.tree.map(functools.partial(_shared_rows, num_rows=x_BTD.shape[0], num_microbatches=M), shared)
     per_row = jax.tree.map(lambda leaf: _has_rows(leaf, x_BTD.shape[0]), shared)
 
-    def arrive(buffer_MbTD: jax.Array, came_bTD: jax.Array, tick: jax.Array | int) -> jax.Array:
-        """At the first stage: what has passed all stages is put back in its place."""
-        item = tick - p
-        place = jnp.clip(item, 0) % M
+    def arrive(buffer_MbTD: jax.Array, came_bTD: jax.Array, item: jax.Array) -> jax.Array:
+        """At the first stage: what the last one has worked on is put back in its place."""
+        place = jnp.maximum(item, 0) % M
         kept_bTD = lax.dynamic_index_in_dim(buffer_MbTD, place, keepdims=False)
-        new_bTD = jnp.where((stage == 0) & (item >= 0), came_bTD, kept_bTD)
+        new_bTD = jnp.where((stage == 0) & (item != IDLE), came_bTD, kept_bTD)
         return lax.dynamic_update_index_in_dim(buffer_MbTD, new_bTD, place, 0)
 
-    def work(carry: tuple, tick: jax.Array) -> tuple[tuple, None]:
-        buffer_MbTD, came_bTD, left = carry
-        buffer_MbTD = arrive(buffer_MbTD, came_bTD, tick)
-        item = tick - stage
-        working = (item >= 0) & (item < rounds * M)
-        number, m = jnp.clip(item // M, 0, rounds - 1), item % M
+    def work(carry: tuple, items_P: jax.Array) -> tuple[tuple, None]:
+        buffer_MbTD, came_bTD, arrived, left = carry
+        buffer_MbTD = arrive(buffer_MbTD, came_bTD, arrived)
+        working = items_P[stage] != IDLE
+        number, m = jnp.divmod(jnp.maximum(items_P[stage], 0), M)
         x_bTD = jnp.where(stage == 0, lax.dynamic_index_in_dim(buffer_MbTD, m, keepdims=False), came_bTD)
         x_bTD, left_one = run_layers(x_bTD, _take(runs, number), _pick(shared_M, per_row, m))
         left = jax.tree.map(lambda total, one: total.at[number].add(jnp.where(working, one, 0)), left, left_one)
-        return (buffer_MbTD, collectives.pass_on(x_bTD, AXIS), left), None
+        return (buffer_MbTD, collectives.pass_on(x_bTD, AXIS), items_P[-1], left), None
 
     shapes = jax.eval_shape(run_layers, buffer_MbTD[0], _take(runs, 0), _pick(shared_M, per_row, 0))[1]
     left = jax.tree.map(lambda one: jnp.zeros((rounds, *one.shape), one.dtype), shapes)
-    ticks = num_ticks(num_stages=p, num_microbatches=M, rounds=rounds)
-    carry = (buffer_MbTD, jnp.zeros_like(buffer_MbTD[0]), left)
-    (buffer_MbTD, came_bTD, left), _ = lax.scan(work, carry, jnp.arange(ticks))
-    buffer_MbTD = arrive(buffer_MbTD, came_bTD, ticks)
+    carry = (buffer_MbTD, jnp.zeros_like(buffer_MbTD[0]), jnp.int32(IDLE), left)
+    (buffer_MbTD, came_bTD, arrived, left), _ = lax.scan(work, carry, jnp.asarray(table))
+    buffer_MbTD = arrive(buffer_MbTD, came_bTD, arrived)
     rows_BTD = buffer_MbTD.swapaxes(0, 1).reshape(-1, *buffer_MbTD.shape[2:])
-    return collectives.from_first_stage(rows_BTD), jax.tree.map(_among_all, left)
+    return collectives.from_stage(rows_BTD, 0, dim=0), jax.tree.map(among_all, left)
 
 
-def _microbatches(x_B: jax.Array, num_microbatches: int) -> jax.Array:
+def microbatches(x_B: jax.Array, num_microbatches: int) -> jax.Array:
     """(M, b, ...): row r is of microbatch r modulo their number, as in the step's own."""
     return x_B.reshape(-1, num_microbatches, *x_B.shape[1:]).swapaxes(0, 1)
 
@@ -99,7 +81,7 @@ def _shared_rows(leaf: Any, *, num_rows: int, num_microbatches: int) -> Any:
     """What goes with each row (positions, documents), of all stages' rows; nothing is differentiated through it."""
     if not _has_rows(leaf, num_rows):
         return leaf
-    return _microbatches(lax.all_gather(lax.stop_gradient(leaf), AXIS, axis=0, tiled=True), num_microbatches)
+    return microbatches(lax.all_gather(lax.stop_gradient(leaf), AXIS, axis=0, tiled=True), num_microbatches)
 
 
 def _pick(shared_M: Any, per_row: Any, m: jax.Array | int) -> Any:
@@ -110,6 +92,11 @@ def _pick(shared_M: Any, per_row: Any, m: jax.Array | int) -> Any:
 def _take(runs: Any, number: jax.Array | int) -> Any:
     return jax.tree.map(lambda leaf: leaf[0] if leaf.shape[0] == 1 else
                         lax.dynamic_index_in_dim(leaf, number, keepdims=False), runs)
+
+
+def own_layers(layers: Any) -> Any:
+    """This stage's part, (L / p, ...), of leaves that are (L, ...) or that part already."""
+    return _take(_runs(layers, rounds=1), 0)
 
 
 def _runs(layers: Any, *, rounds: int) -> Any:
@@ -138,7 +125,7 @@ def _dealt(runs_vq: jax.Array) -> jax.Array:
     return jnp.stack([of_round(number) for number in range(v)])
 
 
-def _among_all(left_vq: jax.Array) -> jax.Array:
+def among_all(left_vq: jax.Array) -> jax.Array:
     """(L, ...) with what this stage's layers left, and zeros."""
     v, q = left_vq.shape[:2]
     p = collectives.manual_size(AXIS)

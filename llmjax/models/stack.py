@@ -47,6 +47,7 @@ class Execution:
     context_method: str = "ring"
     num_microbatches: int = 1  # that pass through the stages
     rounds: int = 1  # of each of them through all stages
+    schedule: str = "gpipe"
 
 
 def execution_of(config: Config) -> Execution:
@@ -56,7 +57,7 @@ def execution_of(config: Config) -> Execution:
         if name not in REMAT_NAMES:
             raise ConfigError(f"train.remat_names={name}: the names are {', '.join(REMAT_NAMES)}")
     return Execution(config.train.remat, names, config.mesh.context_method, config.train.accumulation,
-                     config.mesh.rounds)
+                     config.mesh.rounds, config.mesh.schedule)
 
 
 def run_layers(blocks: Sequence[ApplyBlock], x_BTD: jax.Array, layers: Any, shared: Any, *,
@@ -66,15 +67,16 @@ def run_layers(blocks: Sequence[ApplyBlock], x_BTD: jax.Array, layers: Any, shar
     Leaves of `layers` are (L, ...), or this stage's part of them; `blocks` is the period in which layers differ: layer
     i is run by blocks[i % P].
     """
-    run = functools.partial(_run_here, blocks, execution=execution)
+    run = functools.partial(run_here, blocks, execution=execution)
     if collectives.manual_size(pipeline.AXIS) == 1:
         return run(x_BTD, layers, shared)
     return pipeline.run_stages(run, x_BTD, layers, shared, num_microbatches=execution.num_microbatches,
                                rounds=execution.rounds)
 
 
-def _run_here(blocks: Sequence[ApplyBlock], x_BTD: jax.Array, layers: Any, shared: Any, *,
-              execution: Execution) -> tuple[jax.Array, Any]:
+def run_here(blocks: Sequence[ApplyBlock], x_BTD: jax.Array, layers: Any, shared: Any, *,
+             execution: Execution) -> tuple[jax.Array, Any]:
+    """`run_layers` for the layers and rows that this device holds."""
     bodies = [recomputed(functools.partial(_apply, block, shared), execution) for block in blocks]
     if len(bodies) == 1:
         return lax.scan(bodies[0], x_BTD, layers)

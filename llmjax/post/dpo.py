@@ -6,13 +6,15 @@ Letters: B pairs, P = 2 (chosen, rejected), T time.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from llmjax.core.errors import ConfigError
+from llmjax.core import collectives
+from llmjax.core.mesh import SEQUENCE_AXES
 from llmjax.core.sections import Config, TaskConfig
 from llmjax.core.task import LossFn, LossOutput, Params, Task
 from llmjax.data import preference
@@ -28,8 +30,6 @@ from llmjax.post.sources import example_files
 def make_task(config: Config, *, workdir: Path, tokenizer: Tokenizer, reference: Params, process_index: int = 0,
               process_count: int = 1) -> Task:
     """Pairs of `data.sources` (data.batch_size of them a step), judged against the frozen `reference` parameters."""
-    if config.mesh.context != 1:
-        raise ConfigError(f"mesh.context={config.mesh.context}: an answer's likelihood is summed on one device; 1 fits")
     make = functools.partial(preference_examples, seed=config.data.shuffle_seed)
     files = example_files(config, workdir, make=make)
     store = preference.preference_store(files, tokenizer, workdir / "data" / "pairs")
@@ -49,7 +49,9 @@ def make_loss(config: TaskConfig, *, execution: Execution = Execution()) -> Loss
         del key
         policy_BP = answer_log_probs(model, params, batch, execution=execution)
         reference_BP = answer_log_probs(model, jax.lax.stop_gradient(frozen["reference"]), batch, execution=execution)
-        real_B = (jnp.sum(batch["weights_BPT"], axis=(1, 2)) > 0).astype(jnp.float32)
+        weight_B = collectives.sum_over(jnp.sum(batch["weights_BPT"], axis=(1, 2)), SEQUENCE_AXES)
+        # All shards of a sequence know the likelihood of the whole answer: each counts for its share of the pair.
+        real_B = (weight_B > 0).astype(jnp.float32) / math.prod(map(collectives.manual_size, SEQUENCE_AXES))
         return preference_loss(policy_BP, reference_BP, real_B, beta=config.beta)
 
     return loss
@@ -64,7 +66,8 @@ def answer_log_probs(model: Model, params: Params, batch: Mapping[str, jax.Array
                   execution=execution)
     loss = cross_entropy.linear_cross_entropy(out.hidden_BTD.reshape(B * P * T, -1), head_kernel(model, params),
                                               batch["targets_BPT"].reshape(-1), softcap=model.config.logit_softcap)
-    return -jnp.sum(loss.nll_T.reshape(B, P, T) * batch["weights_BPT"], axis=-1)
+    own_BP = -jnp.sum(loss.nll_T.reshape(B, P, T) * batch["weights_BPT"], axis=-1)
+    return collectives.add_over(own_BP, SEQUENCE_AXES)
 
 
 def preference_loss(policy_BP: jax.Array, reference_BP: jax.Array, real_B: jax.Array, *, beta: float) -> LossOutput:

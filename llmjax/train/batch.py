@@ -1,4 +1,4 @@
-"""A global batch on the mesh: rows over the batch axes, the sequence over the context axis in an order of equal work.
+"""A global batch on the mesh: rows over the batch axes, the sequence over context and tensor in an order of equal work.
 
 A causal query sees all that came before it, so the last tokens of a row cost most. Each context shard therefore holds
 a piece from the front and its mirror image from the back (zigzag; Dubey et al. 2024, section 3.3.2).

@@ -18,8 +18,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from llmjax.core import tree
-from llmjax.core.mesh import BATCH_AXES, MESH_AXES
+from llmjax.core import collectives, tree
+from llmjax.core.mesh import BATCH_AXES, MESH_AXES, SEQUENCE_AXES
 from llmjax.core.task import LossFn, Params
 from llmjax.train.batch import batch_specs
 from llmjax.train.gradients import leaf_specs
@@ -111,7 +111,8 @@ def _twice(model: Any, loss: LossFn, params: Params, frozen: Params, batch: dict
         groups = lax.axis_size(BATCH_AXES)
         to_next = [(group, (group + 1) % groups) for group in range(groups)]
         before = {name: lax.ppermute(array, BATCH_AXES, to_next) for name, array in batch.items()}
-        return jnp.stack([loss(model, params, frozen, rows, None).loss_sum for rows in (batch, before)])[None]
+        both = jnp.stack([loss(model, params, frozen, rows, None).loss_sum for rows in (batch, before)])
+        return collectives.sum_over(both, SEQUENCE_AXES)[None]
 
     losses = jax.shard_map(local, in_specs=(leaf_specs(params), leaf_specs(frozen), batch_specs(batch)),
                            out_specs=PartitionSpec(BATCH_AXES, None), check_vma=False)(params, frozen, batch)

@@ -79,7 +79,7 @@ def make_activations(model: Model) -> Callable[..., dict[str, jax.Array]]:
 
 
 def _largest(value: jax.Array) -> jax.Array:
-    for axis in (*TOKEN_AXES, "tensor"):
+    for axis in TOKEN_AXES:
         value = collectives.max_over(value, axis)
     return value
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +20,14 @@ from llmjax.data.loader import Stream, follow
 from llmjax.data.stages import open_stream, tokens_by_source
 from llmjax.kernels.cross_entropy.api import linear_cross_entropy
 from llmjax.models.auxiliary import BLOCKS, DEPTHS, auxiliary
-from llmjax.models.decoder import Model, Output, forward, head_kernel, look_ahead
+from llmjax.models.block import Aux
+from llmjax.models.decoder import Model, embed, finish, forward, head_kernel, look_ahead, run_stage
+from llmjax.models.multi_token import AheadOutput
 from llmjax.models.noise import Noise
+from llmjax.models.router import RouterSums
 from llmjax.models.stack import Execution, execution_of
 from llmjax.track.logbook import Logbook
+from llmjax.train.pipeline import Parts, Rows, make_pipelined
 
 
 def make_loss(config: TaskConfig, *, execution: Execution = Execution()) -> LossFn:
@@ -34,17 +40,47 @@ def make_loss(config: TaskConfig, *, execution: Execution = Execution()) -> Loss
              key: jax.Array | None) -> LossOutput:
         del frozen
         noise = Noise(key, batch["token_ids_BT"]) if key is not None and model.noisy else None
+        if execution.schedule == "1f1b" and key is not None and collectives.manual_size("stage") > 1:
+            own, aux = _pipelined(config, model, params, batch, noise=noise, execution=execution)
+            return _with_routers(model, batch, _total(own, batch), {BLOCKS: aux["router"]} if aux else {})
         out = forward(model, params, batch["tokens_BT"], positions_BT=batch["positions_BT"],
                       segment_ids_BT=batch["segment_ids_BT"], noise=noise, execution=execution)
         own = _cross_entropy(config, model, params, out.hidden_BTD, batch["targets_BT"], batch["weights_BT"])
-        total = LossOutput(own, jnp.sum(batch["weights_BT"]), {})
-        if key is None or not (out.aux or model.config.multi_token):
+        total, reports = _total(own, batch), {BLOCKS: out.aux["router"]} if out.aux else {}
+        if key is None:
             return total
-        total.metrics["cross_entropy"] = own
-        return _with_further_losses(config, model, params, batch, out=out, total=total, noise=noise,
-                                    execution=execution)
+        if model.config.multi_token:
+            ahead = look_ahead(model, params, out.hidden_BTD, batch, noise=noise, execution=execution)
+            total = _with_further_heads(config, model, params, ahead, total)
+            reports |= {DEPTHS: ahead.aux["router"]} if ahead.aux else {}
+        return _with_routers(model, batch, total, reports)
 
     return loss
+
+
+def _total(own: jax.Array, batch: Mapping[str, jax.Array]) -> LossOutput:
+    return LossOutput(own, jnp.sum(batch["weights_BT"]), {})
+
+
+def _pipelined(config: TaskConfig, model: Model, params: Params, batch: Mapping[str, jax.Array], *,
+               noise: Noise | None, execution: Execution) -> tuple[jax.Array, Aux]:
+    """The sum of cross-entropies and what the layers leave, their gradients computed by the 1f1b schedule."""
+    def of(rows: Rows) -> dict[str, Any]:
+        own = dataclasses.replace(noise, token_ids_BT=rows["token_ids_BT"]) if noise else None
+        return {"positions_BT": rows["positions_BT"], "noise": own}
+
+    def run(params: Params, x_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, Aux]:
+        return run_stage(model, params, x_BTD, segment_ids_BT=rows["segment_ids_BT"], execution=execution, **of(rows))
+
+    def further(aux: Aux) -> jax.Array:
+        total = LossOutput(jnp.zeros(()), jnp.sum(batch["weights_BT"]), {})
+        return _with_routers(model, batch, total, {BLOCKS: aux["router"]} if aux else {}).loss_sum
+
+    parts = Parts(
+        embed=lambda params, rows: embed(model, params, rows["tokens_BT"], **of(rows)), run=run, further=further,
+        loss=lambda params, x_BTD, rows: _cross_entropy(config, model, params, finish(model, params, x_BTD),
+                                                        rows["targets_BT"], rows["weights_BT"]))  # fmt: skip
+    return make_pipelined(parts, num_microbatches=execution.num_microbatches)(params, dict(batch))
 
 
 def _cross_entropy(config: TaskConfig, model: Model, params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array,
@@ -55,24 +91,27 @@ def _cross_entropy(config: TaskConfig, model: Model, params: Params, hidden_BTD:
     return jnp.sum(loss_T * weights_BT.reshape(-1))
 
 
-def _with_further_losses(config: TaskConfig, model: Model, params: Params, batch: Mapping[str, jax.Array], *,
-                         out: Output, total: LossOutput, noise: Noise | None, execution: Execution) -> LossOutput:
-    """Multi-token prediction: the depths' mean loss (DeepSeek-V3, equation 25). Routers: mean losses a real token."""
-    reports, metrics = {BLOCKS: out.aux["router"]} if out.aux else {}, dict(total.metrics)
-    loss_sum = total.loss_sum
-    if num_depths := model.config.multi_token:
-        ahead = look_ahead(model, params, out.hidden_BTD, batch, noise=noise, execution=execution)
-        further = [_cross_entropy(config, model, params, *depth) for depth in
-                   zip(ahead.hidden_KBTD, ahead.targets_KBT, ahead.weights_KBT, strict=True)]
-        metrics["multi_token_loss"] = sum(further, jnp.zeros(())) / num_depths
-        loss_sum = loss_sum + config.multi_token * metrics["multi_token_loss"]
-        reports |= {DEPTHS: ahead.aux["router"]} if ahead.aux else {}
-    routers = auxiliary(model.config, reports)
+def _with_further_heads(config: TaskConfig, model: Model, params: Params, ahead: AheadOutput,
+                        total: LossOutput) -> LossOutput:
+    """Multi-token prediction adds the depths' mean loss (DeepSeek-V3, equation 25)."""
+    further = [_cross_entropy(config, model, params, *depth) for depth in
+               zip(ahead.hidden_KBTD, ahead.targets_KBT, ahead.weights_KBT, strict=True)]
+    mean = sum(further, jnp.zeros(())) / len(further)
+    metrics = {"cross_entropy": total.loss_sum, "multi_token_loss": mean}
+    return LossOutput(total.loss_sum + config.multi_token * mean, total.weight, metrics)
+
+
+def _with_routers(model: Model, batch: Mapping[str, jax.Array], total: LossOutput,
+                  reports: Mapping[tuple[str, ...], RouterSums]) -> LossOutput:
+    """Routers add their mean losses a real token."""
+    if not reports:
+        return total
+    routers, metrics = auxiliary(model.config, reports), {"cross_entropy": total.loss_sum} | total.metrics
     # A sum over real tokens becomes a mean over them that weighs as much as the batch does.
     real = collectives.sum_over(jnp.sum(batch["segment_ids_BT"] > 0, dtype=jnp.float32), collectives.SHARE_AXES)
     share = collectives.sum_over(total.weight, collectives.SHARE_AXES) / jnp.maximum(real, 1.0)
     metrics |= {name: value * share for name, value in routers.metrics.items()}
-    return LossOutput(loss_sum + routers.loss_sum * share, total.weight, metrics, routers.loads)
+    return LossOutput(total.loss_sum + routers.loss_sum * share, total.weight, metrics, routers.loads)
 
 
 def make_task(config: Config, *, data: Path, workdir: Path, process_index: int = 0, process_count: int = 1) -> Task:

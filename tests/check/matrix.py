@@ -51,6 +51,7 @@ MESHES = {
     "ulysses": MeshConfig(data=2, context=2, fsdp=2, context_method="ulysses"),
     "gpipe": MeshConfig(data=2, stage=2, tensor=2),
     "circular": MeshConfig(data=2, stage=2, fsdp=2, schedule="circular", rounds=2),
+    "1f1b": MeshConfig(data=2, stage=2, tensor=2, schedule="1f1b"),
     "slices": MeshConfig(slice=2, data=1, stage=2, context=2),
     "expert": MeshConfig(data=1, expert=2, fsdp=2, tensor=2),
 }

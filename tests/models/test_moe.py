@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from llmjax.core import axes as axes_lib
 from llmjax.core import collectives, tree
-from llmjax.core.mesh import BATCH_AXES, TOKEN_AXES, make_mesh
+from llmjax.core.mesh import BATCH_AXES, SEQUENCE_AXES, TOKEN_AXES, make_mesh
 from llmjax.core.model_sections import ModelConfig, MoEConfig
 from llmjax.core.sections import MeshConfig
 from llmjax.models.moe import MoE
@@ -76,7 +76,7 @@ def run(kind: str, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], dict[str, A
     layer = layer_of(kind)
     specs = jax.tree.map(lambda axes: axes_lib.spec(axes, axes_lib.PARAM_RULES), layer.axes,
                          is_leaf=lambda leaf: isinstance(leaf, tuple))
-    batch = PartitionSpec(BATCH_AXES)
+    batch = PartitionSpec(BATCH_AXES, SEQUENCE_AXES)
 
     def scalar(params: dict, x_BTD: jax.Array, weight_BTD: jax.Array, real_BT: jax.Array, ids_BT: jax.Array) -> tuple:
         noise = Noise(jax.random.key(3), ids_BT) if KINDS[kind].jitter else None

@@ -110,7 +110,7 @@ def test_sharded_pairs_give_the_losses_and_gradients_of_one_device() -> None:
             return jax.device_get(out)
 
     alone, alone_grads = run(single_device_mesh())
-    spread, spread_grads = run(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    spread, spread_grads = run(make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), spread, alone)
     assert float(alone.weight) == len(pairs)
     assert_same_gradients(spread_grads, alone_grads)

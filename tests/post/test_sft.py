@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 
 from llmjax.core import config as configs
 from llmjax.core.errors import ConfigError, RunError
-from llmjax.core.sections import Config, DataConfig, MeshConfig, TaskConfig, TokenizerConfig, TrainConfig
+from llmjax.core.sections import Config, DataConfig, TaskConfig, TokenizerConfig, TrainConfig
 from llmjax.data.tokenizer import Tokenizer, train_tokenizer
 from llmjax.models.decoder import abstract_model
 from llmjax.post import dpo, sft
@@ -135,9 +134,3 @@ def test_a_parent_without_a_corpus_is_named(tmp_path: Path, tokenizer: Tokenizer
     (empty / configs.CONFIG_FILE).write_text(json.dumps(configs.to_dict(Config())))
     with pytest.raises(RunError, match=r"imported keeps no corpus.*data\.sources"):
         sft.make_task(child(empty, "sft"), workdir=tmp_path / "run", tokenizer=tokenizer)
-
-
-def test_dpo_refuses_to_split_answers_over_devices(parent: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    config = dataclasses.replace(child(parent, "dpo"), mesh=MeshConfig(context=2))
-    with pytest.raises(ConfigError, match=r"mesh\.context=2"):
-        dpo.make_task(config, workdir=tmp_path, tokenizer=tokenizer, reference={})

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llmjax.core.mesh import BATCH_AXES, make_mesh
+from llmjax.core.mesh import BATCH_AXES, SEQUENCE_AXES, make_mesh
 from llmjax.core.sections import MeshConfig
 from llmjax.core.task import LossOutput
 from llmjax.train import monitors
@@ -115,7 +115,7 @@ def test_a_chip_that_computes_something_else_is_named(mesh: Mesh, bad: int) -> N
     rng = np.random.default_rng(0)
     with jax.set_mesh(mesh):
         batch = {"x_BT": jax.device_put(rng.uniform(1, 2, (16, 4)).astype(np.float32),
-                                        NamedSharding(mesh, P(BATCH_AXES, "context")))}
+                                        NamedSharding(mesh, P(BATCH_AXES, SEQUENCE_AXES)))}
         params = {"w": jax.device_put(np.ones(4, np.float32), NamedSharding(mesh, P(None)))}
     found = make_replay(None, Chip(bad), mesh)(params, {}, batch)
     assert found == (() if bad < 0 else (mesh.devices.flat[bad],))
