@@ -42,7 +42,7 @@ AT_LEAST: dict[str, float] = {
     "data.curation.leak_share": 0, "data.curation.common_ngram": 0,
     "optim.learning_rate": 0, "optim.adam_learning_rate": 0, "optim.warmup_steps": 0, "optim.decay_fraction": 0,
     "optim.end_fraction": 0, "optim.b1": 0, "optim.b2": 0, "optim.eps": 0, "optim.weight_decay": 0,
-    "optim.clip_norm": 0, "optim.muon_momentum": 0,
+    "optim.clip_norm": 0, "optim.muon_momentum": 0, "optim.warmup_start": 0, "optim.ema_decay": 0,
     "task.beta": 0, "task.z_loss": 0, "task.multi_token": 0,
     "train.steps": 1, "train.accumulation": 1, "train.log_every": 1, "mesh.rounds": 1,
     "checkpoint.every": 1, "checkpoint.keep": 1,
@@ -55,7 +55,8 @@ AT_LEAST: dict[str, float] = {
 AT_MOST: dict[str, float] = {
     **model_rules.AT_MOST, **objective_rules.AT_MOST,
     "data.holdout_fraction": 1, "data.near_duplicate_jaccard": 1, "optim.decay_fraction": 1, "optim.end_fraction": 1,
-    "optim.b1": 1, "optim.b2": 1, "optim.muon_momentum": 1, "guard.rate_cut": 1,
+    "optim.b1": 1, "optim.b2": 1, "optim.muon_momentum": 1, "optim.warmup_start": 1, "optim.ema_decay": 1,
+    "guard.rate_cut": 1,
     "data.curation.min_language_confidence": 1, "data.curation.quality_keep": 1, "data.curation.max_toxicity": 1,
     "data.curation.leak_share": 1, "data.curation.common_ngram": 1,
 }  # fmt: skip

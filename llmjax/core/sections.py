@@ -109,19 +109,23 @@ class MeshConfig:
 class OptimConfig:
     """Optimiser and schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "adam", "adafactor", "lion", "lamb", "muon"] = "adamw"  # adam: decay within the gradient
     learning_rate: float = 3e-4
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = "cosine"
     warmup_steps: int = 100
+    warmup_start: float = 0.0  # share of the peak that the warm-up rises from; 1: there is no rise
     decay_fraction: float = 0.2  # share of the steps in which `wsd` falls to the end rate
     end_fraction: float = 0.1  # end rate over peak rate for `cosine` and `wsd`; `linear` ends at zero
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.1  # decoupled; norms and biases are left out
+    weight_decay: float = 0.1  # times the rate; norms and biases are left out
+    decay_embeddings: Literal["yes", "no"] = "yes"
     clip_norm: float = 1.0  # 0 switches clipping off
     muon_momentum: float = 0.95
+    adafactor_steps: Literal["relative", "absolute"] = "relative"  # to a weight's root mean square, or not
     adam_learning_rate: float = 0.0  # Muon: the rate of embeddings, head and norms; 0: `learning_rate`
+    ema_decay: float = 0.0  # of a moving average of the weights kept beside them; 0: none is
     pieces: tuple[RatePiece, ...] = ()  # derived from the stages
 
 

@@ -1,40 +1,40 @@
-"""The optimiser of a run: AdamW, or Muon for the matrices inside the blocks and AdamW for the rest.
+"""The optimiser of a run: a direction, decoupled weight decay, the rate of the schedule.
 
-Which parameter gets what follows from the logical axes it was declared with, never from its name.
-Legend: L layers (and experts), R rows (inputs), C columns (outputs).
+Which parameter gets what follows from the logical axes it was declared with, never from its name (labels.py).
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 
+from llmjax.core.roles import own_axes, role
 from llmjax.core.sections import OptimConfig
+from llmjax.optim.adafactor import scale_by_adafactor
+from llmjax.optim.labels import AxisNames, is_decayed, is_hidden_matrix, map_axes, match, rate_by_width
+from llmjax.optim.muon import scale_by_muon
 from llmjax.optim.schedule import make_schedule
 
-AxisNames = tuple[str | None, ...]
-STACKING_AXES = ("layers", "expert")  # a leaf is a stack of independent weights along these
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at 0 (Jordan et al. 2024)
 
-
-def build_optimizer(config: OptimConfig, *, steps: int, axes: Any) -> optax.GradientTransformation:
+def build_optimizer(config: OptimConfig, *, steps: int, axes: Any, width: float = 1.0) -> optax.GradientTransformation:
     """The update rule, without clipping (the step clips: it reports the gradient norm anyway).
 
     Args:
       config: optimiser and schedule.
       steps: length of the run, for the schedule.
       axes: nested dict like the parameters, leaves tuples of logical axis names, e.g. ("layers", "embed", "mlp").
+      width: of the model over the base width of its muP.
     """
-    if config.name == "adamw":
-        return _adamw(config, steps=steps, axes=axes, peak=config.learning_rate)
-    labels = _map_axes(lambda names: "muon" if is_hidden_matrix(names) else "adamw", axes)
-    rest = _adamw(config, steps=steps, axes=axes, peak=config.adam_learning_rate or config.learning_rate)
-    return optax.partition({"muon": _muon(config, steps=steps, axes=axes), "adamw": rest}, labels)
+    if config.name != "muon":
+        return _rule(config, config.name, steps=steps, axes=axes, width=width, peak=config.learning_rate)
+    labels = map_axes(lambda names: "muon" if is_hidden_matrix(names) else "adamw", axes)
+    peaks = {"muon": config.learning_rate, "adamw": config.adam_learning_rate or config.learning_rate}
+    return optax.partition({name: _rule(config, name, steps=steps, axes=axes, width=width, peak=peak)
+                            for name, peak in peaks.items()}, labels)
 
 
 def clip_by_global_norm(grads: Any, norm: jax.Array, *, max_norm: float) -> Any:
@@ -45,100 +45,60 @@ def clip_by_global_norm(grads: Any, norm: jax.Array, *, max_norm: float) -> Any:
     return jax.tree.map(lambda grad: (grad * scale).astype(grad.dtype), grads)
 
 
-def is_decayed(names: AxisNames) -> bool:
-    """Whether weight decay applies: to matrices, not to norm scales and biases, of heads as of the whole width."""
-    return len(_own_axes(names)) >= 2 and "vector" not in names
+def decay_mask(config: OptimConfig, axes: Any) -> Any:
+    """Which parameters decay, a tree of booleans."""
+    spared = "embedding" if config.decay_embeddings == "no" else None
+    return map_axes(lambda names: is_decayed(names) and role(names) != spared, axes)
 
 
-def is_hidden_matrix(names: AxisNames) -> bool:
-    """Whether Muon applies: a matrix to or from the residual stream that is neither embedding nor head."""
-    return is_decayed(names) and not {"vocab", "positions"} & set(names) and "embed" in names
+def _rule(config: OptimConfig, name: str, *, steps: int, axes: Any, width: float,
+          peak: float) -> optax.GradientTransformation:
+    """One rule of the table with everything that goes around it."""
+    def mask(params: Any) -> Any:
+        return match(decay_mask(config, axes), params)
+
+    decay = optax.add_decayed_weights(config.weight_decay, mask=mask)
+    direction = DIRECTIONS[name](config, axes)
+    parts = [decay, direction] if name in COUPLED else [direction, decay]
+    if width != 1.0:  # in front of the decay, which is the same at all widths
+        place = parts.index(direction) + 1
+        parts.insert(place, _scale_by_width(axes, optimizer=name, width=width))
+    if name in LAYERWISE:
+        parts.append(_scale_by_trust_ratio(axes))
+    return optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(config, steps=steps, peak=peak)))
 
 
-def _adamw(config: OptimConfig, *, steps: int, axes: Any, peak: float) -> optax.GradientTransformation:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, as torch.optim.AdamW scales it by the rate)."""
-    return optax.adamw(
-        make_schedule(config, steps=steps, peak=peak),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=lambda params: _match(_map_axes(is_decayed, axes), params),
-    )
+def _scale_by_width(axes: Any, *, optimizer: str, width: float) -> optax.GradientTransformation:
+    """The rates of muP, by the width of the model over that of its base."""
+    factors = map_axes(lambda names: rate_by_width(names, optimizer=optimizer, width=width), axes)
+    return optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, match(factors, updates)))
 
 
-def _muon(config: OptimConfig, *, steps: int, axes: Any) -> optax.GradientTransformation:
-    """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024), scaled as in Liu et al. 2025 (arXiv 2502.16982).
+def _scale_by_trust_ratio(axes: Any) -> optax.GradientTransformation:
+    """Each weight's update as large as the weight (You et al. 2020, algorithm 2), each layer of a stack by itself."""
+    def scaled(update: jax.Array, param: jax.Array, names: AxisNames) -> jax.Array:
+        own = tuple(range(len(names) - len(own_axes(names)), len(names)))
+        ours, theirs = (jnp.sqrt(jnp.sum(jnp.square(x), axis=own, keepdims=True)) for x in (param, update))
+        return update * jnp.where((ours > 0) & (theirs > 0), ours / jnp.where(theirs > 0, theirs, 1.0), 1.0)
 
-    That scale, 0.2 sqrt(max(R, C)), gives every matrix an update of AdamW's usual size, so that rate and decay carry
-    over from AdamW.
-    """
-
-    def orthogonalise(updates: Any, params: Any) -> Any:
-        del params
-        return jax.tree.map(_orthogonalise, updates, _match(axes, updates))
-
-    return optax.chain(
-        optax.trace(decay=config.muon_momentum, nesterov=True),
-        optax.stateless(orthogonalise),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(make_schedule(config, steps=steps)),
-    )
+    return optax.stateless(lambda updates, params: jax.tree.map(scaled, updates, params, axes))
 
 
-def _orthogonalise(update: jax.Array, names: AxisNames) -> jax.Array:
-    """Orthogonalise each matrix of a (possibly stacked, possibly sharded) leaf such as (L, D, N, H)."""
-    spec = jax.typeof(update).sharding.spec
-    num_stacking = len(names) - len(_own_axes(names))
-    own_shape = update.shape[num_stacking:]
-    split = 1 if names[num_stacking] == "embed" else len(own_shape) - 1
-    rows, columns = math.prod(own_shape[:split]), math.prod(own_shape[split:])
-    # Newton-Schulz needs whole matrices: trade the shards of matrices for shards of the stack.
-    whole = _reshard(update, _stack_spec(spec, update.shape, num_stacking=num_stacking))
-    x_LRC = newton_schulz(whole.reshape((-1, rows, columns))) * (0.2 * math.sqrt(max(rows, columns)))
-    return _reshard(x_LRC.reshape(update.shape), spec)
+Direction = Callable[[OptimConfig, Any], optax.GradientTransformation]
 
 
-def newton_schulz(x_LRC: jax.Array, *, num_iterations: int = 5) -> jax.Array:
-    """Push the singular values of every matrix of the stack towards 1 (roughly: into 0.7 .. 1.2)."""
-    rows, columns = x_LRC.shape[-2:]
-    x_LRC = x_LRC if rows <= columns else x_LRC.mT  # the Gram matrix of the short side is the smaller one
-    a, b, c = NEWTON_SCHULZ
-    # Float32: the norm bounds the largest singular value by 1, where the iteration converges.
-    x_LRC = x_LRC / (jnp.linalg.norm(x_LRC.astype(jnp.float32), axis=(-2, -1), keepdims=True) + 1e-8)
-    for _ in range(num_iterations):
-        gram_LRR = x_LRC @ x_LRC.mT
-        x_LRC = a * x_LRC + (b * gram_LRR + c * (gram_LRR @ gram_LRR)) @ x_LRC
-    return x_LRC if rows <= columns else x_LRC.mT
+def _adam(config: OptimConfig, axes: Any) -> optax.GradientTransformation:
+    del axes
+    return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
 
 
-def _stack_spec(spec: PartitionSpec, shape: tuple[int, ...], *, num_stacking: int) -> PartitionSpec:
-    """The mesh axes of `spec`, all on the first stacking dimension where it divides, else none at all."""
-    mesh_axes = tuple(axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry))
-    num_shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in mesh_axes)
-    if num_stacking and shape[0] % num_shards == 0:
-        return PartitionSpec(mesh_axes or None, *([None] * (len(shape) - 1)))
-    return PartitionSpec(*([None] * len(shape)))
-
-
-def _reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """`x` laid out as `spec`; nothing to do off an explicit mesh."""
-    return x if jax.typeof(x).sharding.spec == spec else jax.sharding.reshard(x, spec)
-
-
-def _own_axes(names: AxisNames) -> AxisNames:
-    return tuple(name for name in names if name not in STACKING_AXES)
-
-
-def _map_axes(function: Any, axes: Any) -> Any:
-    return jax.tree.map(function, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
-
-
-def _match(per_param: Any, params: Any) -> Any:
-    """`per_param` without the entries that `optax.partition` has taken out of `params`."""
-    return jax.tree.map(
-        lambda param, value: param if isinstance(param, optax.MaskedNode) else value,
-        params,
-        per_param,
-        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
-    )
+DIRECTIONS: dict[str, Direction] = {
+    "adamw": _adam,  # Loshchilov and Hutter 2019; the decay scaled by the rate as in torch.optim.AdamW
+    "adam": _adam,  # Kingma and Ba 2015, its decay part of the gradient (L2)
+    "lamb": _adam,
+    "lion": lambda config, axes: optax.scale_by_lion(b1=config.b1, b2=config.b2),  # Chen et al. 2023
+    "adafactor": lambda config, axes: scale_by_adafactor(axes, relative=config.adafactor_steps == "relative"),
+    "muon": lambda config, axes: scale_by_muon(axes, momentum=config.muon_momentum),
+}  # fmt: skip
+COUPLED = ("adam",)  # the gradient is decayed, and with it the moments
+LAYERWISE = ("lamb",)

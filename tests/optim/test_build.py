@@ -8,7 +8,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llmjax.core.sections import OptimConfig
-from llmjax.optim.build import build_optimizer, clip_by_global_norm, is_decayed, is_hidden_matrix, newton_schulz
+from llmjax.optim.build import DIRECTIONS, build_optimizer, clip_by_global_norm
+from llmjax.optim.labels import is_decayed, is_hidden_matrix
+from llmjax.optim.muon import newton_schulz
 from llmjax.optim.schedule import make_schedule
 
 AXES = {
@@ -123,7 +125,7 @@ def test_muon_leaves_embeddings_head_and_norms_to_adamw() -> None:
     jax.tree.map(np.testing.assert_array_equal, with_muon, with_adamw)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", DIRECTIONS)
 @pytest.mark.parametrize("sizes", [(4, 2), (8, 1)])
 def test_sharded_update_equals_the_unsharded_one(name: str, sizes: tuple[int, int]) -> None:
     config = OptimConfig(name=name, learning_rate=1e-2, warmup_steps=0)

@@ -1,0 +1,40 @@
+"""What a parameter is to its layer, told from the logical axes it was declared with and never from its name.
+
+Inputs stand before outputs in every declaration, so the axes also say which dims a matrix contracts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Role = Literal["embedding", "hidden", "readout", "vector"]
+
+STACKING_AXES = ("layers", "expert")  # a leaf is a stack of independent weights along these
+HEAD_AXES = ("heads", "kv_heads")
+FINITE_AXES = ("vocab", "positions", "router")  # sizes that stay as they are when a model gets wider
+
+
+def own_axes(names: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """The axes of one weight of the stack."""
+    return tuple(name for name in names if name not in STACKING_AXES)
+
+
+def role(names: tuple[str | None, ...]) -> Role:
+    """What a parameter with these axes is, by which of its sides grow with a model's width.
+
+    embedding: only the outputs do; readout (head, router): only the inputs; hidden: both. A vector is no matrix: the
+    scale of a norm, a bias, of a head as of the whole width.
+    """
+    own = own_axes(names)
+    if len(own) < 2 or "vector" in own:
+        return "vector"
+    if own[0] in FINITE_AXES:
+        return "embedding"
+    return "readout" if own[-1] in FINITE_AXES else "hidden"
+
+
+def num_input_dims(names: tuple[str | None, ...]) -> int:
+    """How many dims of one matrix, from the first on, are its inputs: those before the heads that it makes, or all
+    but the last one."""
+    own = own_axes(names)
+    return next((place for place, name in enumerate(own) if place and name in HEAD_AXES), len(own) - 1)
