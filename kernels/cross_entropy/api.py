@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from llmjax.core import collectives
 from llmjax.kernels.cross_entropy import xla
@@ -17,14 +18,31 @@ def num_chunks(num_tokens: int, vocab_size: int) -> int:
     return next(n for n in range(wanted, num_tokens + 1) if num_tokens % n == 0)
 
 
-def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, *, softcap: float = 0.0) -> TokenLoss:
+def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, *, softcap: float = 0.0,
+                         smoothing: float = 0.0) -> TokenLoss:
     """Negative log-likelihood of the targets under softmax(x w), and the log of its denominator, (T,) float32 each.
 
-    With a softcap the logits are softcap tanh(x w / softcap).
+    With a softcap the logits are softcap tanh(x w / softcap). With `smoothing` (Szegedy et al. 2016, section 7) that
+    share of the target's weight is spread over the whole vocabulary; it takes no softcap.
 
     Inside a manual region whose tensor axis splits the vocabulary, `w_DV` is this device's share of it, in order, and
     tokens are its own. Both outputs are differentiable with any cotangent per token.
     """
+    loss = _plain(x_TD, w_DV, targets_T, softcap)
+    if not smoothing:
+        return loss
+    assert not softcap, "the mean of capped logits is no product with the mean weight"
+    spread_T = loss.log_z_T - _mean_logits(x_TD, w_DV)
+    return TokenLoss((1.0 - smoothing) * loss.nll_T + smoothing * spread_T, loss.log_z_T)
+
+
+def _plain(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, softcap: float) -> TokenLoss:
     x_TD, targets_T = collectives.enter_tensor(x_TD, dim=0), collectives.enter_tensor(targets_T, dim=0)
     loss = xla.linear_cross_entropy(x_TD, w_DV, targets_T, num_chunks(x_TD.shape[0], w_DV.shape[1]), softcap)
     return jax.tree.map(lambda out_T: collectives.own_share(out_T, dim=0), loss)
+
+
+def _mean_logits(x_TD: jax.Array, w_DV: jax.Array) -> jax.Array:
+    """Each token's mean logit over the vocabulary, (T,) float32, by the mean column instead of all logits."""
+    total_D = collectives.add_over(jnp.sum(w_DV.astype(jnp.float32), axis=1), ("tensor",))
+    return x_TD.astype(jnp.float32) @ (total_D / (w_DV.shape[1] * collectives.manual_size("tensor")))

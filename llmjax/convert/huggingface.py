@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -58,10 +58,11 @@ def import_hf(source: Path, workdir: Path, *, mesh: jax.sharding.Mesh | None = N
     return config
 
 
-def export_hf(workdir: Path, out: Path, *, shard_bytes: int = safetensors.SHARD_BYTES) -> None:
+def export_hf(workdir: Path, out: Path, *, shard_bytes: int = safetensors.SHARD_BYTES,
+              weights: Literal["last", "average"] = "last") -> None:
     """Writes the latest checkpoint of a workdir as a folder that transformers loads, with its tokenizer if any.
 
-    An imported run goes out as the family that it came from.
+    The weights themselves or their moving average. An imported run goes out as the family that it came from.
 
     Raises:
         ConfigError: a model that no family says all of.
@@ -72,7 +73,7 @@ def export_hf(workdir: Path, out: Path, *, shard_bytes: int = safetensors.SHARD_
     config = configs.from_workdir(workdir).model
     meta = read_meta(workdir / "checkpoints")
     family = family_of_model(config, preferred=meta.get("family"))
-    params = restore_params(workdir / "checkpoints", abstract_model(config).abstract_params(None))
+    params = restore_params(workdir / "checkpoints", abstract_model(config).abstract_params(None), weights=weights)
     out.mkdir(parents=True, exist_ok=True)
     write_params(out, params, family=family, model=config, shard_bytes=shard_bytes)
     ids = meta.get("generation")

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from llmjax.core import model_rules, objective_rules
+from llmjax.core import model_rules, objective_rules, optim_rules
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.files import write_json
 from llmjax.core.model_sections import ModelConfig
@@ -32,7 +32,7 @@ CONFIG_FILE = "config.json"
 
 # The least value of each size; a size missing here may be anything its type allows.
 AT_LEAST: dict[str, float] = {
-    **model_rules.AT_LEAST, **objective_rules.AT_LEAST,
+    **model_rules.AT_LEAST, **objective_rules.AT_LEAST, **optim_rules.AT_LEAST,
     "tokenizer.vocab_size": 260, "tokenizer.train_bytes": 1, "tokenizer.extend_by": 0,
     "tokenizer.min_bytes_per_token": 0, "tokenizer.max_fertility": 0,
     "data.seq_len": 1, "data.batch_size": 1, "data.min_bytes": 0, "data.max_bytes": 1, "data.holdout_fraction": 0,
@@ -40,9 +40,6 @@ AT_LEAST: dict[str, float] = {
     "data.curation.min_language_confidence": 0, "data.curation.repeated_lines": 0, "data.curation.repeated_words": 0,
     "data.curation.max_perplexity": 0, "data.curation.quality_keep": 0, "data.curation.max_toxicity": 0,
     "data.curation.leak_share": 0, "data.curation.common_ngram": 0,
-    "optim.learning_rate": 0, "optim.adam_learning_rate": 0, "optim.warmup_steps": 0, "optim.decay_fraction": 0,
-    "optim.end_fraction": 0, "optim.b1": 0, "optim.b2": 0, "optim.eps": 0, "optim.weight_decay": 0,
-    "optim.clip_norm": 0, "optim.muon_momentum": 0, "optim.warmup_start": 0, "optim.ema_decay": 0,
     "task.beta": 0, "task.z_loss": 0, "task.multi_token": 0,
     "train.steps": 1, "train.accumulation": 1, "train.log_every": 1, "mesh.rounds": 1,
     "checkpoint.every": 1, "checkpoint.keep": 1,
@@ -53,10 +50,8 @@ AT_LEAST: dict[str, float] = {
     "serve.max_queue": 0, "serve.max_new_tokens": 1, "serve.grace_seconds": 0,
 }  # fmt: skip
 AT_MOST: dict[str, float] = {
-    **model_rules.AT_MOST, **objective_rules.AT_MOST,
-    "data.holdout_fraction": 1, "data.near_duplicate_jaccard": 1, "optim.decay_fraction": 1, "optim.end_fraction": 1,
-    "optim.b1": 1, "optim.b2": 1, "optim.muon_momentum": 1, "optim.warmup_start": 1, "optim.ema_decay": 1,
-    "guard.rate_cut": 1,
+    **model_rules.AT_MOST, **objective_rules.AT_MOST, **optim_rules.AT_MOST,
+    "data.holdout_fraction": 1, "data.near_duplicate_jaccard": 1, "guard.rate_cut": 1,
     "data.curation.min_language_confidence": 1, "data.curation.quality_keep": 1, "data.curation.max_toxicity": 1,
     "data.curation.leak_share": 1, "data.curation.common_ngram": 1,
 }  # fmt: skip
@@ -365,6 +360,7 @@ def _check_stages(config: Config) -> None:
 
 def _check_sizes(config: Config) -> None:
     model_rules.check_model(config.model)
+    optim_rules.check_optimizer(config)
     if config.model.moe.capacity_factor and (size := config.model.moe.group_size):
         check_multiple("data.seq_len", config.data.seq_len, "model.moe.group_size", size)
     check_multiple("data.batch_size", config.data.batch_size, "train.accumulation", config.train.accumulation)

@@ -20,6 +20,7 @@ AT_LEAST: dict[str, float] = {
     "model.attention.window": 0, "model.attention.global_every": 0, "model.attention.local_rope_theta": 0,
     "model.attention.softcap": 0, "model.attention.scale": 0,
     "model.residual_scale": 0, "model.embedding_scale": 0, "model.logit_scale": 0, "model.logit_softcap": 0,
+    "model.mup.base_width": 0, "model.mup.base_head_dim": 0,
     "model.dropout": 0, "model.multi_token": 0, "model.encoder_layers": 0, "model.token_types": 0, "model.start_id": 0,
     "model.relative_buckets": 4, "model.relative_max_distance": 1,
     "model.moe.num_experts": 0, "model.moe.top_k": 1, "model.moe.expert_mlp_dim": 0, "model.moe.num_shared_experts": 0,
@@ -47,6 +48,8 @@ def _faults(model: ModelConfig) -> Iterator[str]:
         yield f"dropout={model.dropout}: less than 1 is needed"
     if model.positions.startswith("sinusoidal") and model.dim % 2:
         yield f"dim={model.dim}: there are as many sines as cosines, so it must be even"
+    if model.mup.base_head_dim and not model.mup.base_width:
+        yield f"mup.base_head_dim={model.mup.base_head_dim}: without model.mup.base_width 0 fits"
     yield from _mask_faults(model)
     yield from _position_faults(model)
     yield from _span_faults(model)

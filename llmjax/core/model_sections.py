@@ -92,6 +92,14 @@ class LatentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MupConfig:
+    """Maximal update parametrisation: rates found at a base width hold at every other one."""
+
+    base_width: int = 0  # model.dim that rates and initial sizes were found at; 0: the standard parametrisation
+    base_head_dim: int = 0  # model.head_dim at the base width, where heads grow; 0: there are more of them instead
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder, alone or on an encoder, or an encoder alone (attention.mask): sizes, positions, parts, precision."""
 
@@ -136,3 +144,4 @@ class ModelConfig:
     compute_dtype: Dtype = "bfloat16"
     param_dtype: Dtype = "float32"
     init_scale: float = 0.02  # standard deviation of the normal initialisation
+    mup: MupConfig = MupConfig()

@@ -50,6 +50,9 @@ def check_objective(config: Config) -> None:
     if objective.replace_by_mask + objective.replace_by_random > 1:
         raise ConfigError(f"task.objective.replace_by_random={objective.replace_by_random}: with "
                           f"task.objective.replace_by_mask={objective.replace_by_mask} more than 1 together")
+    if config.task.label_smoothing and config.model.logit_softcap:
+        raise ConfigError(f"task.label_smoothing={config.task.label_smoothing}: with model.logit_softcap="
+                          f"{config.model.logit_softcap} 0 fits")
     if objective.name != "next_token" and config.data.curriculum:
         raise ConfigError(f"data.curriculum={config.data.curriculum!r}: with task.objective.name={objective.name!r} "
                           "'' fits")

@@ -38,3 +38,28 @@ def num_input_dims(names: tuple[str | None, ...]) -> int:
     but the last one."""
     own = own_axes(names)
     return next((place for place, name in enumerate(own) if place and name in HEAD_AXES), len(own) - 1)
+
+
+# By optimiser, the power of width over base width that muP multiplies the rate of what has wide inputs by. Adam's and
+# Lion's updates have entries of a fixed size, which add up over the inputs (Yang et al. 2022, table 8); Muon's have
+# singular values that grow with the root of the width, where they should not (Yang et al. 2023, arXiv 2310.17813).
+WIDTH_POWERS = {"adamw": -1.0, "adam": -1.0, "lion": -1.0, "muon": -0.5}
+
+
+def init_by_width(names: tuple[str | None, ...], *, width: float) -> float:
+    """What muP multiplies the initial values of a parameter by, at `width` times the base width.
+
+    Routers are readouts without a multiplier behind them (table 3); the head's is on the logits.
+    """
+    if role(names) == "hidden":
+        return width**-0.5
+    return 1.0 / width if _is_router(names) else 1.0
+
+
+def rate_by_width(names: tuple[str | None, ...], *, optimizer: str, width: float) -> float:
+    """What muP multiplies the rate of a parameter by, at `width` times the base width."""
+    return width ** WIDTH_POWERS[optimizer] if role(names) == "hidden" or _is_router(names) else 1.0
+
+
+def _is_router(names: tuple[str | None, ...]) -> bool:
+    return role(names) == "readout" and "router" in names

@@ -177,6 +177,7 @@ class EvalConfig:
 
     every: int = 0  # steps between quick held-out losses; 0: only at the end
     batches: int = 8  # of the quick one
+    weights: Literal["last", "average"] = "last"  # average: of optim.ema_decay, also for what reads checkpoints
     seq_len: int = 0  # context of the final one; 0: data.seq_len
     stride: int = 0  # tokens scored a window; 0: half the context
     compare: Literal["gzip", "none"] = "none"  # a baseline printed beside bits per byte

@@ -19,7 +19,7 @@ from llmjax.core import axes as axes_lib
 from llmjax.core import collectives
 from llmjax.core.model_sections import ModelConfig, Span
 from llmjax.core.task import Params
-from llmjax.models import pipeline
+from llmjax.models import parametrisation, pipeline
 from llmjax.models.auxiliary import moved
 from llmjax.models.block import Aux, Block, Layer, LayerOutput
 from llmjax.models.cache import Cache
@@ -48,7 +48,7 @@ class Decoder(nnx.Module):
     """A decoder-only Transformer (Vaswani et al. 2017), its parts picked by the config."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.config = config
+        self.config = config = parametrisation.standard(config)
         self.embedder = Embedder(config, rngs)
         if config.norm.embedding == "norm":
             self.embedding_norm = Norm(config, rngs)
@@ -167,10 +167,13 @@ def abstract_model(config: ModelConfig) -> Model:
 
 def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None) -> Params:
     """Fresh parameters, sharded as declared; the random bits behind them do not depend on the mesh."""
-    def init(key: jax.Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=key)), nnx.Param))
+    model = abstract_model(config)
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_model(config).abstract_params(mesh))
+    def init(key: jax.Array) -> Params:
+        params = nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=key)), nnx.Param))
+        return parametrisation.scaled(config, params, model.axes)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, model.abstract_params(mesh))
     return jax.jit(init, out_shardings=shardings)(key)
 
 

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llmjax.core.roles import own_axes, role
+from llmjax.core.roles import own_axes, rate_by_width, role
 from llmjax.core.sections import OptimConfig
 from llmjax.optim.adafactor import scale_by_adafactor
-from llmjax.optim.labels import AxisNames, is_decayed, is_hidden_matrix, map_axes, match, rate_by_width
+from llmjax.optim.labels import AxisNames, is_decayed, is_hidden_matrix, map_axes, match
 from llmjax.optim.muon import scale_by_muon
 from llmjax.optim.schedule import make_schedule
 

@@ -62,7 +62,8 @@ def _piece_part(step: jax.Array, piece: RatePiece, run: Schedule, *, rising: Sch
 
 
 def _rising(step: jax.Array | int, config: OptimConfig) -> jax.Array:
-    return config.warmup_start + (1 - config.warmup_start) * (step + 1) / max(config.warmup_steps, 1)
+    risen = (jnp.asarray(step) + 1) / max(config.warmup_steps, 1)
+    return config.warmup_start + (1 - config.warmup_start) * risen
 
 
 def constant(moment: Moment, config: OptimConfig) -> jax.Array:

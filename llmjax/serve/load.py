@@ -40,7 +40,7 @@ def load_workdir(workdir: Path, overrides: Mapping[str, str] | None = None) -> L
     if step is None:
         raise RunError(f"{workdir} holds no checkpoint yet; `llmjax train --workdir={workdir}` trains one")
     model = decoder.abstract_model(config.model)
-    params = checkpoint.restore_params(folder, model.abstract_params(None), step)
+    params = checkpoint.restore_params(folder, model.abstract_params(None), step, weights=config.eval.weights)
     return Loaded(config, _tokenizer(workdir, folder, step), model, params, step)
 
 

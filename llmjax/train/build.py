@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from llmjax.core.sections import Config
 from llmjax.core.task import LossFn, Params
 from llmjax.models.decoder import Model
+from llmjax.models.parametrisation import width
 from llmjax.optim.build import build_optimizer
 from llmjax.optim.schedule import make_schedule
 from llmjax.train.state import TrainState, init_state, placement_of
@@ -43,12 +44,13 @@ class Training:
 
 def build_training(config: Config, model: Model, loss: LossFn) -> Training:
     """What `config` says of optimiser, accumulation, guard and layout, as functions."""
-    optimizer = build_optimizer(config.optim, steps=config.train.steps, axes=model.axes)
+    optimizer = build_optimizer(config.optim, steps=config.train.steps, axes=model.axes, width=width(model.config))
     placement = placement_of(model, config.mesh.shard)
     settings = StepSettings(accumulation=config.train.accumulation, clip_norm=config.optim.clip_norm,
                             seed=config.train.seed, schedule=make_schedule(config.optim, steps=config.train.steps),
-                            guard=config.guard, placement=placement)
-    init = functools.partial(init_state, optimizer=optimizer, guard=config.guard, placement=placement)
+                            guard=config.guard, ema_decay=config.optim.ema_decay, placement=placement)
+    init = functools.partial(init_state, optimizer=optimizer, guard=config.guard, placement=placement,
+                             ema_decay=config.optim.ema_decay)
     return Training(model, make_train_step(model, loss, optimizer, settings=settings),
                     make_gradients(model, loss, settings=settings), make_update(model, optimizer, settings=settings),
                     init)

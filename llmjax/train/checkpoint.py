@@ -1,10 +1,11 @@
 """Checkpoints: written by Orbax in the background, published whole, checked when read, restored onto any mesh.
 
-A step is a folder of three Orbax items: `params`, `progress` (step, optimiser state, the guard's history) and `meta`,
-JSON that holds what else a run needs to go on exactly, together with the shape, dtype and layout of every array and the
-mesh they lay on. It is written under another name, hashed, brought to disk and only then renamed (durable.py), so a run
-killed at any moment leaves the last good step; the next `Checkpointer` removes the debris. Where a bucket is named,
-published steps are copied there as well (remote.py). Weights that were imported have no `progress`.
+A step is a folder of Orbax items: `params`, `progress` (step, optimiser state, the guard's history), where one is kept
+the `average` of the weights, and `meta`, JSON that holds what else a run needs to go on exactly, with the shape, dtype
+and layout of every array and the mesh they lay on. It is written under another name, hashed, brought to disk and only
+then renamed (durable.py), so a run killed at any moment leaves the last good step; the next `Checkpointer` removes the
+debris. Where a bucket is named, published steps are copied there as well (remote.py). Weights that were imported have
+no `progress`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -85,10 +86,10 @@ class Checkpointer:
             return
         _barrier(f"save {step}")  # nobody writes before everybody has looked
         with self._saving(f"checkpoint {self.folder / str(step)}"):
+            items = _items(state)
             self._writer.save(self._staging(step), force=True, args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                progress=ocp.args.StandardSave(_progress(state)),
-                meta=ocp.args.JsonSave(_described(meta, params=state.params, progress=_progress(state))),
+                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                meta=ocp.args.JsonSave(_described(meta, **items)),
             ))
         self._publishing = self._publisher.submit(self._publish, step)
 
@@ -122,11 +123,12 @@ class Checkpointer:
         check(meta)
         if "progress" not in leaves:
             raise RunError(f"{folder} holds weights without a training state: start from it with train.init_from")
-        _check_shapes(folder, leaves["params"], _leaves(like.params))
-        _check_shapes(folder, leaves["progress"], _leaves(_progress(like)))
-        params = _restore_item(folder / "params", like.params, mesh)
-        progress = _restore_item(folder / "progress", _progress(like), mesh)
-        return Restored(TrainState(params=params, **progress), meta)
+        items = _items(like)
+        for name in items.keys() | leaves.keys():
+            _check_shapes(folder, leaves.get(name, {}), _leaves(items.get(name, {})))
+        restored = {name: _restore_item(folder / name, tree, mesh) for name, tree in items.items()}
+        return Restored(TrainState(params=restored["params"], average=restored.get("average", {}),
+                                   **restored["progress"]), meta)
 
     def drop_after(self, step: int) -> None:
         """Delete the steps after `step`, which a run has gone back to; call it on every process."""
@@ -220,12 +222,19 @@ def save_params(folder: Path, params: Any, meta: Meta) -> None:
         durable.publish(staging, folder / "0")
 
 
-def restore_params(folder: Path, like: Any, step: int | None = None, *, mesh: Mesh | None = None) -> Any:
-    """Only the parameters of `step` (default: the latest whole one), as `Checkpointer.restore` does; writes nothing."""
+def restore_params(folder: Path, like: Any, step: int | None = None, *, mesh: Mesh | None = None,
+                   weights: Literal["last", "average"] = "last") -> Any:
+    """Only the parameters of `step` (default: the latest whole one), as `Checkpointer.restore` does; writes nothing.
+
+    `average` asks for their moving average, RunError where none was kept.
+    """
     step_folder = _whole_folder(folder.absolute(), step)
     _, leaves = _read_meta(step_folder)
-    _check_shapes(step_folder, leaves["params"], _leaves(like))
-    return _restore_item(step_folder / "params", like, mesh)
+    item = "average" if weights == "average" else "params"
+    if item not in leaves:
+        raise RunError(f"{step_folder} holds no average of the weights: train with optim.ema_decay, or take the last")
+    _check_shapes(step_folder, leaves[item], _leaves(like))
+    return _restore_item(step_folder / item, like, mesh)
 
 
 def read_meta(folder: Path, step: int | None = None) -> Meta:
@@ -253,8 +262,10 @@ def check_meta(meta: Mapping[str, Any], *, tokenizer_hash: str, data_hash: str |
                           f"{data_hash or 'without a manifest'}: use the data it began with, or another workdir")
 
 
-def _progress(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state, "guard": state.guard}
+def _items(state: TrainState) -> dict[str, Any]:
+    """The trees of a state, by the name of their Orbax item."""
+    progress = {"step": state.step, "opt_state": state.opt_state, "guard": state.guard}
+    return {"params": state.params, "progress": progress} | ({"average": state.average} if state.average else {})
 
 
 def _leaves(tree: Any) -> Leaves:

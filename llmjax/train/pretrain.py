@@ -34,8 +34,10 @@ def make_loss(config: TaskConfig, *, execution: Execution = Execution()) -> Loss
     """Cross-entropy summed over weighted targets, plus z_loss * log(Z)^2 (de Brebisson and Vincent 2016).
 
     In training (with a key), also what routers and the heads of multi-token prediction add; `loss` is then the sum and
-    the metric `cross_entropy` the model's own part.
+    the metric `cross_entropy` the model's own part. Evaluation knows neither the z-loss nor smoothed labels.
     """
+    plain = dataclasses.replace(config, z_loss=0.0, label_smoothing=0.0)
+
     def loss(model: Model, params: Params, frozen: Params, batch: Mapping[str, jax.Array],
              key: jax.Array | None) -> LossOutput:
         del frozen
@@ -45,7 +47,8 @@ def make_loss(config: TaskConfig, *, execution: Execution = Execution()) -> Loss
             return _with_routers(model, batch, _total(own, batch), {BLOCKS: aux["router"]} if aux else {})
         out = forward(model, params, batch["tokens_BT"], positions_BT=batch["positions_BT"],
                       segment_ids_BT=batch["segment_ids_BT"], noise=noise, execution=execution)
-        own = _cross_entropy(config, model, params, out.hidden_BTD, batch["targets_BT"], batch["weights_BT"])
+        own = _cross_entropy(config if key is not None else plain, model, params, out.hidden_BTD, batch["targets_BT"],
+                             batch["weights_BT"])
         total, reports = _total(own, batch), {BLOCKS: out.aux["router"]} if out.aux else {}
         if key is None:
             return total
@@ -86,7 +89,8 @@ def _pipelined(config: TaskConfig, model: Model, params: Params, batch: Mapping[
 def _cross_entropy(config: TaskConfig, model: Model, params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array,
                    weights_BT: jax.Array) -> jax.Array:
     tokens = linear_cross_entropy(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), head_kernel(model, params),
-                                  targets_BT.reshape(-1), softcap=model.config.logit_softcap)
+                                  targets_BT.reshape(-1), softcap=model.config.logit_softcap,
+                                  smoothing=config.label_smoothing)
     loss_T = tokens.nll_T + config.z_loss * jnp.square(tokens.log_z_T) if config.z_loss else tokens.nll_T
     return jnp.sum(loss_T * weights_BT.reshape(-1))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,17 @@ from llmjax.optim.skip import SkipState, init_skip
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Steps taken or skipped, the parameters that train, the optimiser's state for them, and the guard's history."""
+    """Steps taken or skipped, what trains, the optimiser's state for it, the guard's history, the weights' average."""
 
     step: jax.Array  # () int32
     params: Params
     opt_state: Any
     guard: SkipState
+    average: Params = dataclasses.field(default_factory=dict)  # laid out like the moments; empty: none is kept
 
 
-jax.tree_util.register_dataclass(TrainState, data_fields=["step", "params", "opt_state", "guard"], meta_fields=[])
+jax.tree_util.register_dataclass(TrainState, data_fields=["step", "params", "opt_state", "guard", "average"],
+                                 meta_fields=[])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +57,32 @@ def _place(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, guard: GuardConfig = GuardConfig(), *,
-               placement: Placement | None = None) -> TrainState:
+               placement: Placement | None = None, ema_decay: float = 0.0) -> TrainState:
     """The state before the first step; run under `jax.jit` and the mesh, moments inherit the shardings."""
-    moments = optimizer.init(place(params, placement and placement.optimizer))
+    as_moments = place(params, placement and placement.optimizer)
     return TrainState(step=jnp.zeros((), jnp.int32), params=place(params, placement and placement.params),
-                      opt_state=moments, guard=init_skip(guard))
+                      opt_state=optimizer.init(as_moments), guard=init_skip(guard),
+                      average=jax.tree.map(jnp.copy, as_moments) if ema_decay else {})
 
 
 def abstract_state(abstract_params: Params, optimizer: optax.GradientTransformation,
                    guard: GuardConfig = GuardConfig(), *, placement: Placement | None = None) -> TrainState:
     """Shapes, dtypes and shardings of the state, for a restore or a compilation; call it under the mesh."""
     return jax.eval_shape(lambda params: init_state(params, optimizer, guard, placement=placement), abstract_params)
+
+
+def averaged(state: TrainState, params: Params, *, decay: float) -> Params:
+    """The moving average after a step that led to `params`, which are laid out like it; nothing without a decay.
+
+    In its first steps, t of them accepted so far, it forgets faster: min(decay, (1 + t) / (10 + t)).
+    """
+    if not decay:
+        return {}
+    steps = state.guard.accepted.astype(jnp.float32)
+    decay_now = jnp.minimum(decay, (1.0 + steps) / (10.0 + steps))
+    return jax.tree.map(lambda old, new: old + (1.0 - decay_now).astype(old.dtype) * (new - old), state.average, params)
+
+
+def chosen_weights(state: TrainState, which: Literal["last", "average"]) -> Params:
+    """The weights that eval.weights names."""
+    return state.average if which == "average" else state.params

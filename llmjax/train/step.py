@@ -22,7 +22,7 @@ from llmjax.optim.skip import judge, keep_if
 from llmjax.train.batch import batch_specs
 from llmjax.train.gradients import leaf_specs, make_loss_and_grad, sum_shares
 from llmjax.train.monitors import group_norms
-from llmjax.train.state import Placement, TrainState, place
+from llmjax.train.state import Placement, TrainState, averaged, place
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[[TrainState, Params, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
@@ -39,6 +39,7 @@ class StepSettings:
     seed: int
     schedule: Callable[[jax.Array], jax.Array]  # learning rate by step, for the metrics alone
     guard: GuardConfig = GuardConfig()
+    ema_decay: float = 0.0  # of the weights' moving average; 0: there is none
     placement: Placement | None = None  # None: all of the state is laid out like the parameters
 
 
@@ -84,8 +85,9 @@ def make_update(model: Any, optimizer: optax.GradientTransformation, *, settings
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         updates = jax.tree.map(lambda update: update * state.guard.rate_scale.astype(update.dtype), updates)
         moved = model.moved(optax.apply_updates(params, updates), out.loads)
-        stepped = (place(moved, placement and placement.params), opt_state)
-        params, opt_state = keep_if(verdict.accept, stepped, (state.params, state.opt_state))
+        average = averaged(state, moved, decay=settings.ema_decay)
+        stepped = (place(moved, placement and placement.params), opt_state, average)
+        params, opt_state, average = keep_if(verdict.accept, stepped, (state.params, state.opt_state, state.average))
         # The optimiser counts accepted steps, and so its schedule does.
         rate = jnp.asarray(settings.schedule(state.guard.accepted), jnp.float32) * state.guard.rate_scale
         metrics = {"loss": out.loss_sum / weight, "grad_norm": grad_norm, "grad_norm_median": verdict.median,
@@ -93,7 +95,7 @@ def make_update(model: Any, optimizer: optax.GradientTransformation, *, settings
         metrics |= {name: value / weight for name, value in out.metrics.items()}
         if settings.guard.monitors == "full":
             metrics |= group_norms("gradient", grads) | group_norms("update", updates) | group_norms("param", params)
-        return TrainState(state.step + 1, params, opt_state, verdict.state), metrics
+        return TrainState(state.step + 1, params, opt_state, verdict.state, average), metrics
 
     return update
 

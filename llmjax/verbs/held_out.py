@@ -21,7 +21,7 @@ from llmjax.models.decoder import Model
 from llmjax.models.stack import execution_of
 from llmjax.train import pretrain
 from llmjax.train.batch import put_batch, row_share
-from llmjax.train.state import TrainState
+from llmjax.train.state import TrainState, chosen_weights
 from llmjax.train.step import make_eval_step
 
 
@@ -42,7 +42,8 @@ def make_hook(config: Config, model: Model, *, data: Path, tokenizer: Tokenizer,
 
     def evaluate(step: int, state: TrainState) -> Mapping[str, float]:
         del step
-        sums = [jax.device_get(eval_step(state.params, {}, put_batch(batch))) for batch in batches]
+        params = chosen_weights(state, config.eval.weights)
+        sums = [jax.device_get(eval_step(params, {}, put_batch(batch))) for batch in batches]
         return {"eval_loss": float(sum(s.loss_sum for s in sums) / sum(s.weight for s in sums))}
 
     return Hook(config.eval.every, evaluate)

@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                             help="a folder with config.json, safetensors and, if it likes, a tokenizer")
     else:
         parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for transformers")
+        parser.add_argument("--weights", choices=("last", "average"), default="last",
+                            help="average: that of optim.ema_decay (default last)")
 
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -31,6 +33,6 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         import_hf(args.source, args.workdir)
         print(f"{args.workdir}: try llmjax generate --workdir={args.workdir} --prompt-ids=1,2,3")
     else:
-        export_hf(args.workdir, args.out)
+        export_hf(args.workdir, args.out, weights=args.weights)
         print(f"{args.out}: transformers.AutoModelForCausalLM.from_pretrained({str(args.out)!r}) loads it")
     return 0

@@ -37,7 +37,7 @@ from llmjax.track.progress import ProgressLine, Stages
 from llmjax.track.report import write_report
 from llmjax.track.run import FILE as RESULTS
 from llmjax.train import loop
-from llmjax.train.state import TrainState
+from llmjax.train.state import TrainState, chosen_weights
 
 
 class Session:
@@ -88,7 +88,7 @@ class Session:
 
     def describe(self, run: loop.Run, state: TrainState, tokenizer: Tokenizer) -> None:
         """Evaluate held-out documents, sample a completion, draw the curves, write the card; print what counts."""
-        params = whole(state.params)  # on the host: what follows runs on one device
+        params = whole(chosen_weights(state, self._config.eval.weights))  # on the host: what follows runs on one device
         first_alone("describe", lambda: self._describe(run, int(state.step), params, tokenizer))
 
     def _describe(self, run: loop.Run, steps: int, params: Params, tokenizer: Tokenizer) -> None:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llmjax.kernels.cross_entropy import api, reference, xla
 
@@ -43,6 +45,30 @@ def test_equals_torch() -> None:
     logits = torch.tensor(np.asarray(x_TD)) @ torch.tensor(np.asarray(w_DV))
     wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(np.asarray(targets_T)).long(), reduction="none")
     np.testing.assert_allclose(api.linear_cross_entropy(x_TD, w_DV, targets_T).nll_T, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_smoothed_labels_equal_torch_on_one_device_and_with_the_vocabulary_split() -> None:
+    torch = pytest.importorskip("torch")
+    x_TD, w_DV, targets_T = inputs()
+    cotangent_T = jax.random.normal(jax.random.key(1), targets_T.shape)
+    x, w = (torch.tensor(np.asarray(a), requires_grad=True) for a in (x_TD, w_DV))
+    wanted = torch.nn.functional.cross_entropy(x @ w, torch.tensor(np.asarray(targets_T)).long(), reduction="none",
+                                               label_smoothing=0.2)
+    wanted.backward(torch.tensor(np.asarray(cotangent_T)))
+
+    def run(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, cotangent_T: jax.Array) -> tuple:
+        nll_T, pull = jax.vjp(lambda x, w: api.linear_cross_entropy(x, w, targets_T, smoothing=0.2).nll_T, x_TD, w_DV)
+        return nll_T, *pull(cotangent_T)
+
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(AxisType.Explicit,))
+    tokens, columns = P("tensor"), P(None, "tensor")
+    specs = (tokens, columns, tokens, tokens)
+    split = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(tokens, tokens, columns), check_vma=False)
+    whole = (x_TD, w_DV, targets_T, cotangent_T)
+    placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(whole, specs, strict=True)]
+    for found in (run(*whole), jax.jit(split)(*placed)):
+        for ours, theirs in zip(found, (wanted.detach(), x.grad, w.grad), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_chunks_are_equal_and_small_enough() -> None:
