@@ -15,6 +15,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "llmjax-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+# Commands that tests start keep what Python compiles, outside of the folders that are tested.
+os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path(tempfile.gettempdir()) / "llmjax-test-python"))
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 from llmjax.core.platform import prepare  # noqa: E402
 
 prepare()

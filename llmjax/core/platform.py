@@ -11,12 +11,14 @@ import glob
 import importlib.util
 import logging
 import os
+from pathlib import Path
 
 from llmjax.core.allocator import keep_freed_memory
 
 DEVICE_FILES = {"tpu": ("/dev/accel*", "/dev/vfio/[0-9]*"), "cuda": ("/dev/nvidia[0-9]*",)}
 PLUGINS = {"tpu": ("libtpu",), "cuda": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
 
+WORTH_KEEPING = 0.1  # seconds that a program took to compile
 LLVM_LEVEL = 1  # on the CPU; higher ones take half as long again to compile and no step of ours is faster for it
 
 
@@ -40,6 +42,16 @@ def _set_xla_flag(name: str, value: int) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if name not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{name}={value}".strip()
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keep compiled programs in `folder`, so that a run that starts again does not wait for its compiler again.
+
+    Where jax is told another folder (JAX_COMPILATION_CACHE_DIR) it takes that. A file that a kill left half written
+    costs one compilation: jax warns and goes on. Call it before jax is imported.
+    """
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.absolute()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(WORTH_KEEPING))
 
 
 def join_processes() -> None:

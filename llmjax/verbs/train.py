@@ -41,9 +41,10 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         print(f"{workdir} has finished its {config.train.steps:,} steps; next: {_next_command(config, workdir)}")
         print(workdir)
         return 0
-    from llmjax.core.platform import join_processes
+    from llmjax.core.platform import join_processes, keep_compiled
     from llmjax.core.processes import first_alone
 
+    keep_compiled(workdir / "compiled")
     join_processes()
     from llmjax.train.fault import restart_on_sigterm
 

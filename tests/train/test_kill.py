@@ -35,6 +35,7 @@ STOPS = [
     (signal.SIGINT, 130, "interrupted; the same command goes on from the last checkpoint"),
     (signal.SIGTERM, 75, "stopped by SIGTERM after step"),
 ]
+UNSET = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 WAIT_SECONDS = 900  # for a process to come to a point; far more than it ever takes
 
 Moment = Callable[[], bool]  # whether it has come
@@ -89,11 +90,12 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, command_env: dict[str, str]) -> Place:
-    """A small corpus, made once; compiled programs are shared by all processes of this module."""
+    """A small corpus, made once; what jax compiles is kept in the workdirs, as on a user's machine."""
     folder = tmp_path_factory.mktemp("killed")
     sources = str(Path(json.__file__).parent / "*.py")
     build(DataConfig(sources=sources, holdout_fraction=0), TokenizerConfig(vocab_size=400), folder / "data")
-    return Place(folder / "data", folder, command_env | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")})
+    env = {name: value for name, value in command_env.items() if name not in UNSET}
+    return Place(folder / "data", folder, env)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,14 @@ def last_saved(workdir: Path) -> int:
     return max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()), default=0)
 
 
+def tear_compiled(workdir: Path) -> None:
+    """Cut what was compiled in half, as a kill while it is written does."""
+    entries = [path for path in (workdir / "compiled").iterdir() if path.suffix != ".lockfile"]
+    assert entries
+    for path in entries:
+        os.truncate(path, path.stat().st_size // 2)
+
+
 def assert_same_run(left: Path, right: Path) -> None:
     """Bit-equal parameters, and at every step, once, the loss and gradient of the same tokens."""
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
@@ -155,6 +165,7 @@ def test_killed_interrupted_and_told_to_stop(place: Place, undisturbed: Path) ->
         assert code == status, said
         assert "Traceback" not in said and says in said.splitlines()[-1]
         assert last_saved(workdir) == steps_written(workdir)  # not a step is lost
+    tear_compiled(workdir)
     assert_same_run(place.finished(workdir), undisturbed)
 
 
