@@ -18,6 +18,20 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax.Array, *, q_segm
               kv_segment_ids_BS: jax.Array, q_offset: jax.Array | int = 0, options: Options = CAUSAL,
               terms: Terms = NO_TERMS) -> jax.Array:
     """See `api.attention`."""
+    (B, T, N, _), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    scores_BNTS = scores(q_BTNH, k_BSKH, q_segment_ids_BT=q_segment_ids_BT, kv_segment_ids_BS=kv_segment_ids_BS,
+                         q_offset=q_offset, options=options, terms=terms)
+    if terms.sinks_N is not None:
+        sinks_BNT1 = jnp.broadcast_to(terms.sinks_N[None, :, None, None], (B, N, T, 1)).astype(jnp.float32)
+        scores_BNTS = jnp.concatenate([scores_BNTS, sinks_BNT1], axis=-1)
+    weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)[..., :S].astype(v_BSKW.dtype)  # the sum is taken in float32
+    weights_BKGTS = weights_BNTS.reshape(B, K, N // K, T, S)
+    return jnp.einsum("BKGTS,BSKW->BTKGW", weights_BKGTS, v_BSKW).reshape(B, T, N, v_BSKW.shape[3])
+
+
+def scores(q_BTNH: jax.Array, k_BSKH: jax.Array, *, q_segment_ids_BT: jax.Array, kv_segment_ids_BS: jax.Array,
+           q_offset: jax.Array | int = 0, options: Options = CAUSAL, terms: Terms = NO_TERMS) -> jax.Array:
+    """What the softmax is taken of, sinks aside, (B, N, T, S) float32; MASKED where a query does not see a slot."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1], k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
@@ -32,13 +46,7 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax.Array, *, q_segm
         scores_BNTS += spread(terms.bias_NR, queries=slice(0, T), keys=slice(0, S))[None]
     same_BTS = q_segment_ids_BT[:, :, None] == kv_segment_ids_BS[:, None, :]
     visible_BTS = same_BTS & _reached(distance_TS[None], options, terms)
-    scores_BNTS = jnp.where(visible_BTS[:, None], scores_BNTS, MASKED)
-    if terms.sinks_N is not None:
-        sinks_BNT1 = jnp.broadcast_to(terms.sinks_N[None, :, None, None], (B, N, T, 1)).astype(jnp.float32)
-        scores_BNTS = jnp.concatenate([scores_BNTS, sinks_BNT1], axis=-1)
-    weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)[..., :S].astype(v_BSKW.dtype)  # the sum is taken in float32
-    weights_BKGTS = weights_BNTS.reshape(B, K, N // K, T, S)
-    return jnp.einsum("BKGTS,BSKW->BTKGW", weights_BKGTS, v_BSKW).reshape(B, T, N, v_BSKW.shape[3])
+    return jnp.where(visible_BTS[:, None], scores_BNTS, MASKED)
 
 
 def _reached(distance_1TS: jax.Array, options: Options, terms: Terms) -> jax.Array:

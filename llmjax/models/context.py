@@ -83,6 +83,21 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, q_segm
     return out_BTNH.astype(q_BTNH.dtype)
 
 
+def sharpness(q_BTNH: jax.Array, k_BSKH: jax.Array, *, segment_ids_BT: jax.Array, options: Options,
+              terms: Terms = NO_TERMS) -> Sharpness:
+    """How sharply the last WATCHED queries of each shard look, in rows without a cache."""
+    size, (T, N) = collectives.manual_size(AXIS), q_BTNH.shape[1:3]
+    num = T if terms.bias_NR is not None else min(WATCHED, T // 2 if size > 1 else T)  # biases are of whole rows
+    if size == 1:
+        segment_ids_BS, first = segment_ids_BT, T - num
+    else:
+        k_BSKH, segment_ids_BS = (_whole_sequence(lax.all_gather(x, AXIS, axis=1, tiled=True), size=size)
+                                  for x in (k_BSKH, segment_ids_BT))
+        first = size * T - lax.axis_index(AXIS) * (T // 2) - num  # of the shard's mirror image from the back
+    return kernel_sharpness(q_BTNH[:, T - num:], k_BSKH, q_segment_ids_BT=segment_ids_BT[:, T - num:],
+                            kv_segment_ids_BS=segment_ids_BS, q_offset=first, options=options, terms=terms)
+
+
 # Swapped heads -------------------------------------------------------------------------------------------------------
 
 
