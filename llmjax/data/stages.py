@@ -24,6 +24,7 @@ from llmjax.data.interventions import Timeline
 from llmjax.data.loader import PackedRows, Selection, Shuffled, Stream
 from llmjax.data.mixture import Ingredient, Mixture, parse_mixture, source_weights
 from llmjax.data.pack import PackPlan, Spans, join_plans, pack_plan, pack_spans
+from llmjax.data.plan_cache import PlanCache
 from llmjax.data.shards import TokenStore
 from llmjax.data.supply import Left, Supply
 
@@ -34,8 +35,11 @@ def open_stream(folder: Path, data: DataConfig, stages: Sequence[StageConfig]) -
     """The stream of a run on a data folder, once its interventions are known."""
     store = TokenStore.open(folder / "shards")
     if stages or data.mixture or data.curriculum:
-        return functools.partial(Staged, Depot(read_corpus(folder, store, data), data, run_stages(data, stages)))
-    plan = pack_plan(store.lengths, seq_len=data.seq_len, seed=data.shuffle_seed)
+        depot = Depot(read_corpus(folder, store, data), data, run_stages(data, stages), plans=PlanCache.of(folder))
+        return functools.partial(Staged, depot)
+    plan = PlanCache.of(folder).get(
+        lambda: pack_plan(store.lengths, seq_len=data.seq_len, seed=data.shuffle_seed), store.lengths,
+        seq_len=data.seq_len, seed=data.shuffle_seed)
     return functools.partial(Shuffled, PackedRows(store, plan), data.batch_size, data.shuffle_seed)
 
 
@@ -78,8 +82,8 @@ def read_corpus(folder: Path, store: TokenStore, data: DataConfig) -> Corpus:
 class Depot:
     """Every source's supply in every stage, each packed when it is first asked for; knows nothing of interventions."""
 
-    def __init__(self, corpus: Corpus, data: DataConfig, stages: tuple[StageConfig, ...]):
-        self.corpus, self.stages, self.seed = corpus, stages, data.shuffle_seed
+    def __init__(self, corpus: Corpus, data: DataConfig, stages: tuple[StageConfig, ...], *, plans: PlanCache):
+        self.corpus, self.stages, self.seed, self._plans = corpus, stages, data.shuffle_seed, plans
         self._temperature = data.temperature
         self.supply = functools.lru_cache(maxsize=None)(self._supply)
 
@@ -115,10 +119,15 @@ class Depot:
         return self.supply(source, tuple(earlier)).left(last) if last else self._left(source, tuple(earlier))
 
     def _pack(self, spans: Spans, stage: int) -> PackPlan:
-        seq_len = self.stages[stage].seq_len
-        if self.corpus.scores is None:
-            return pack_spans(spans, seq_len=seq_len, seed=self.seed)
-        return pack_in_order(spans, self.corpus.scores, seq_len=seq_len, seed=self.seed)
+        seq_len, scores = self.stages[stage].seq_len, self.corpus.scores
+
+        def make() -> PackPlan:
+            if scores is None:
+                return pack_spans(spans, seq_len=seq_len, seed=self.seed)
+            return pack_in_order(spans, scores, seq_len=seq_len, seed=self.seed)
+
+        return self._plans.get(make, spans.documents, spans.starts, spans.lengths, scores, seq_len=seq_len,
+                               seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

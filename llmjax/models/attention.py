@@ -16,6 +16,7 @@ from jax import lax
 from llmjax.core import collectives
 from llmjax.core.model_sections import AttentionConfig, ModelConfig, Span
 from llmjax.kernels.attention.options import Options, Terms
+from llmjax.kernels.attention.sharpness import Sharpness
 from llmjax.models import context, rope
 from llmjax.models.cache import KVCache
 from llmjax.models.dense import dense
@@ -50,11 +51,8 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: KVCache | None, *,
                  span: Span) -> tuple[jax.Array, KVCache | None]:
         x_BTD = collectives.enter_tensor(x_BTD)
-        q_BTNH, k_BSKH, v_BSKH = (self._project(x_BTD, name) for name in ("q", "k", "v"))
-        if self.config.qk_norm != "none":
-            q_BTNH, k_BSKH = self.q_norm(q_BTNH), self.k_norm(k_BSKH)
-        q_BTNH = rope.rotate(q_BTNH, inputs.rope[span])
-        k_BSKH = rope.rotate(k_BSKH, inputs.rope[span])
+        q_BTNH, k_BSKH = self._queries_and_keys(x_BTD, inputs, span)
+        v_BSKH = self._project(x_BTD, "v")
         if cache is not None:
             k_BSKH = lax.dynamic_update_slice_in_dim(cache.k_BSKH, k_BSKH, inputs.q_offset, axis=1)
             v_BSKH = lax.dynamic_update_slice_in_dim(cache.v_BSKH, v_BSKH, inputs.q_offset, axis=1)
@@ -67,6 +65,18 @@ class Attention(nnx.Module):
         if self.config.bias == "all":
             out_BTD = out_BTD + weight(self.o_bias, self.dtype)[None, None]
         return out_BTD, cache
+
+    def watch(self, x_BTD: jax.Array, inputs: BlockInputs, *, span: Span) -> Sharpness:
+        """How sharply this layer looks."""
+        q_BTNH, k_BTKH = self._queries_and_keys(collectives.enter_tensor(x_BTD), inputs, span)
+        return context.sharpness(q_BTNH, k_BTKH, segment_ids_BT=inputs.q_segment_ids_BT,
+                                 options=options(self.config, span=span), terms=self._terms(q_BTNH.shape[2]))
+
+    def _queries_and_keys(self, x_BTD: jax.Array, inputs: BlockInputs, span: Span) -> tuple[jax.Array, jax.Array]:
+        q_BTNH, k_BTKH = self._project(x_BTD, "q"), self._project(x_BTD, "k")
+        if self.config.qk_norm != "none":
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        return rope.rotate(q_BTNH, inputs.rope[span]), rope.rotate(k_BTKH, inputs.rope[span])
 
     def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
         y_BTNH = dense(x_BTD, weight(getattr(self, name), self.dtype))

@@ -62,7 +62,9 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, layer: Layer, *,
                  span: Span) -> tuple[jax.Array, LayerOutput]:
-        attended_BTD, cache = self.attn(self._before("attn", x_BTD), inputs, layer.cache, span=span)
+        normed_BTD = self._before("attn", x_BTD)
+        watched: Aux = {"attention": self.attn.watch(normed_BTD, inputs, span=span)} if inputs.watch else {}
+        attended_BTD, cache = self.attn(normed_BTD, inputs, layer.cache, span=span)
         attended_BTD = self._after("attn", attended_BTD, inputs.noise, layer=layer.index, site=ATTENTION_SITE)
         if self.residual == "sequential":
             x_BTD = x_BTD + attended_BTD
@@ -70,7 +72,7 @@ class Block(nnx.Module):
         out_BTD = self._after("mlp", out_BTD, inputs.noise, layer=layer.index, site=MLP_SITE)
         if self.residual == "parallel":
             x_BTD = x_BTD + attended_BTD
-        return x_BTD + out_BTD, LayerOutput(cache, aux)
+        return x_BTD + out_BTD, LayerOutput(cache, aux | watched)
 
     def _mlp(self, x_BTD: jax.Array, inputs: BlockInputs, index: jax.Array) -> tuple[jax.Array, Aux]:
         if isinstance(self.mlp, MLP):

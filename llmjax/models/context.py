@@ -26,8 +26,11 @@ from llmjax.core import collectives
 from llmjax.core.errors import ConfigError
 from llmjax.kernels.attention import api as kernel
 from llmjax.kernels.attention.options import CAUSAL, NO_TERMS, Options, Terms
+from llmjax.kernels.attention.sharpness import Sharpness
+from llmjax.kernels.attention.sharpness import sharpness as kernel_sharpness
 
 AXIS = "context"
+WATCHED = 128  # queries of a row whose sharpness is taken, those that see most
 MAX_CHUNK = 512
 MASKED = -1e30  # finite, so that a chunk that sees nothing gives zeros and not NaN
 
@@ -86,7 +89,7 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, q_segm
 def sharpness(q_BTNH: jax.Array, k_BSKH: jax.Array, *, segment_ids_BT: jax.Array, options: Options,
               terms: Terms = NO_TERMS) -> Sharpness:
     """How sharply the last WATCHED queries of each shard look, in rows without a cache."""
-    size, (T, N) = collectives.manual_size(AXIS), q_BTNH.shape[1:3]
+    size, T = collectives.manual_size(AXIS), q_BTNH.shape[1]
     num = T if terms.bias_NR is not None else min(WATCHED, T // 2 if size > 1 else T)  # biases are of whole rows
     if size == 1:
         segment_ids_BS, first = segment_ids_BT, T - num

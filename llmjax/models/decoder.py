@@ -64,7 +64,7 @@ class Decoder(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, *, positions_BT: jax.Array, segment_ids_BT: jax.Array,
                  cache: Cache | None, noise: Noise | None, execution: Execution) -> Output:
         inputs = block_inputs(self.config, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache,
-                              noise=noise, context_method=execution.context_method)
+                              noise=noise, context_method=execution.context_method, watch=execution.watch)
         x_BTD = self.embed(tokens_BT, positions_BT, noise)
         caches: dict[str, Any] = {}
         aux: Aux = {}
@@ -72,7 +72,7 @@ class Decoder(nnx.Module):
             x_BTD, left = run_layers(self.functions_of(group), x_BTD, self.layers_of(group, cache), inputs,
                                      execution=execution)
             caches[group.name] = left.cache
-            aux |= left.aux
+            aux |= {name: _behind(aux.get(name), sums) for name, sums in left.aux.items()}
         if cache:
             cache = Cache(caches, inputs.kv_segment_ids_BS, cache.length + positions_BT.shape[1])
         return Output(self.finish(x_BTD), cache, aux)
@@ -121,6 +121,11 @@ class Decoder(nnx.Module):
         if self.config.embeddings == "untied":
             return weight(self.head.kernel, self.config.compute_dtype)
         return weight(self.embedder.table, self.config.compute_dtype).T
+
+
+def _behind(first: Any, second: Any) -> Any:
+    """What one group of layers reports and then the next, stacked."""
+    return second if first is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), first, second)
 
 
 @dataclasses.dataclass(frozen=True)

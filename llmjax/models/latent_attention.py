@@ -18,6 +18,7 @@ from jax import lax
 
 from llmjax.core import collectives
 from llmjax.core.model_sections import ModelConfig, Span
+from llmjax.kernels.attention.sharpness import Sharpness
 from llmjax.models import context, rope
 from llmjax.models.attention import options
 from llmjax.models.cache import LatentCache
@@ -61,10 +62,8 @@ class LatentAttention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: LatentCache | None, *,
                  span: Span) -> tuple[jax.Array, LatentCache | None]:
-        q_BTNH, q_BTNP = jnp.split(self._queries(x_BTD), (self.config.qk_nope_head_dim,), axis=-1)
-        q_BTNP = rope.rotate(q_BTNP, inputs.rope[span])
-        latent_BSR, k_BSP = self._latent(x_BTD)
-        k_BSP = rope.rotate(k_BSP[:, :, None], inputs.rope[span])[:, :, 0]
+        q_BTNH, q_BTNP = self._queries(x_BTD, inputs.rope[span])
+        latent_BSR, k_BSP = self._latent(x_BTD, inputs.rope[span])
         if cache is not None:
             latent_BSR = lax.dynamic_update_slice_in_dim(cache.latent_BSR, latent_BSR, inputs.q_offset, axis=1)
             k_BSP = lax.dynamic_update_slice_in_dim(cache.k_BSP, k_BSP, inputs.q_offset, axis=1)
@@ -73,18 +72,29 @@ class LatentAttention(nnx.Module):
         out_BTNW = attend(q_BTNH, q_BTNP, latent_BSR, k_BSP, inputs=inputs, span=span)
         return collectives.leave_tensor(dense(out_BTNW, weight(self.o, self.dtype), num_in_dims=2)), cache
 
-    def _queries(self, x_BTD: jax.Array) -> jax.Array:
-        if not self.config.q_lora_rank:
-            return dense(collectives.enter_tensor(x_BTD), weight(self.q, self.dtype))
-        latent_BTQ = self.q_norm(dense(x_BTD, weight(self.q_down, self.dtype)))
-        return dense(collectives.enter_tensor(latent_BTQ), weight(self.q_up, self.dtype))
+    def watch(self, x_BTD: jax.Array, inputs: BlockInputs, *, span: Span) -> Sharpness:
+        """How sharply this layer looks."""
+        q = jnp.concatenate(self._queries(x_BTD, inputs.rope[span]), axis=-1)
+        k, _ = self._keys_and_values(*self._latent(x_BTD, inputs.rope[span]))
+        return context.sharpness(q, k, segment_ids_BT=inputs.q_segment_ids_BT,
+                                 options=options(self.attention, span=span))
 
-    def _latent(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The latent of each token and its key, not yet rotated; into the tensor-parallel region go only these."""
+    def _queries(self, x_BTD: jax.Array, turns: rope.RopeTables | None) -> tuple[jax.Array, jax.Array]:
+        """The parts of the queries that carry no position, and those that do."""
+        if not self.config.q_lora_rank:
+            q = dense(collectives.enter_tensor(x_BTD), weight(self.q, self.dtype))
+        else:
+            latent_BTQ = self.q_norm(dense(x_BTD, weight(self.q_down, self.dtype)))
+            q = dense(collectives.enter_tensor(latent_BTQ), weight(self.q_up, self.dtype))
+        q_BTNH, q_BTNP = jnp.split(q, (self.config.qk_nope_head_dim,), axis=-1)
+        return q_BTNH, rope.rotate(q_BTNP, turns)
+
+    def _latent(self, x_BTD: jax.Array, turns: rope.RopeTables | None) -> tuple[jax.Array, jax.Array]:
+        """The latent of each token and its rotated key; into the tensor-parallel region go only these."""
         latent_BTR, k_BTP = jnp.split(dense(x_BTD, weight(self.kv_down, self.dtype)), (self.config.kv_lora_rank,), -1)
         both_BTC = collectives.enter_tensor(jnp.concatenate([self.kv_norm(latent_BTR), k_BTP], axis=-1))
         latent_BSR, k_BSP = jnp.split(both_BTC, (self.config.kv_lora_rank,), -1)
-        return latent_BSR, k_BSP
+        return latent_BSR, rope.rotate(k_BSP[:, :, None], turns)[:, :, 0]
 
     def _absorbing_pays(self, num_queries: int, num_slots: int) -> bool:
         """Whether multiplying queries and results with the up-projection is less work than multiplying all slots."""
@@ -95,11 +105,14 @@ class LatentAttention(nnx.Module):
 
     def _expanded(self, q_BTNH: jax.Array, q_BTNP: jax.Array, latent_BSR: jax.Array, k_BSP: jax.Array, *,
                   inputs: BlockInputs, span: Span) -> jax.Array:
+        k, v_BSNW = self._keys_and_values(latent_BSR, k_BSP)
+        return self._attend(jnp.concatenate([q_BTNH, q_BTNP], axis=-1), k, v_BSNW, inputs=inputs, span=span)
+
+    def _keys_and_values(self, latent_BSR: jax.Array, k_BSP: jax.Array) -> tuple[jax.Array, jax.Array]:
         kv_BSNX = dense(latent_BSR, weight(self.kv_up, self.dtype))
         k_BSNH, v_BSNW = jnp.split(kv_BSNX, (self.config.qk_nope_head_dim,), axis=-1)
         shared_BSNP = jnp.broadcast_to(k_BSP[:, :, None], (*k_BSNH.shape[:3], k_BSP.shape[-1]))
-        q, k = jnp.concatenate([q_BTNH, q_BTNP], axis=-1), jnp.concatenate([k_BSNH, shared_BSNP], axis=-1)
-        return self._attend(q, k, v_BSNW, inputs=inputs, span=span)
+        return jnp.concatenate([k_BSNH, shared_BSNP], axis=-1), v_BSNW
 
     def _absorbed(self, q_BTNH: jax.Array, q_BTNP: jax.Array, latent_BSR: jax.Array, k_BSP: jax.Array, *,
                   inputs: BlockInputs, span: Span) -> jax.Array:

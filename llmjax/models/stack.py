@@ -19,6 +19,7 @@ from llmjax.core import collectives
 from llmjax.core.errors import ConfigError
 from llmjax.core.sections import Config
 from llmjax.models import pipeline
+from llmjax.models.inputs import Watch
 
 # (x_BTD, one layer's part of `layers`, what all layers share) -> (x_BTD, what this layer leaves)
 ApplyBlock = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
@@ -48,6 +49,7 @@ class Execution:
     num_microbatches: int = 1  # that pass through the stages
     rounds: int = 1  # of each of them through all stages
     schedule: str = "gpipe"
+    watch: Watch = ""
 
 
 def execution_of(config: Config) -> Execution:

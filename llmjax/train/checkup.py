@@ -49,7 +49,10 @@ class Checkup:
                                      "share of a step")
         self._look_at_embedding(step, state, loss)
         if self._config.monitors == "full" and "tokens_BT" in batch:
-            return {name: float(value) for name, value in self._activations(state.params, dict(batch)).items()}
+            values = {name: float(value) for name, value in self._activations(state.params, dict(batch)).items()}
+            if fault := monitors.attention_fault(values):
+                self._say("warning", f"step {step:,}: {fault}")
+            return values
         return {}
 
     def _look_at_embedding(self, step: int, state: TrainState, loss: float) -> None:

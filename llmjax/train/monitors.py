@@ -16,8 +16,10 @@ from jax.sharding import PartitionSpec
 
 from llmjax.core import collectives, tree
 from llmjax.core.mesh import TOKEN_AXES
+from llmjax.core.model_sections import MoEConfig
 from llmjax.core.task import Params
 from llmjax.models.decoder import Model, forward, logits
+from llmjax.models.stack import Execution
 from llmjax.train.batch import batch_specs
 from llmjax.train.gradients import leaf_specs
 
@@ -26,6 +28,9 @@ DRIFT = 4.0  # times by which they may differ
 ALIKE = 0.9  # mean pairwise cosine above which embeddings point one way
 UNLEARNT = 0.95  # share of log V above which a loss says that nothing was learnt
 LAG = 1.5  # times the median that a process may take
+ONE_SLOT = 0.02  # of its largest value: below this mean entropy a layer has collapsed (Zhai et al. 2023)
+LARGE_SCORE = 1000.0  # ten times where training at scale begins to clip scores (Kimi K2, 2025)
+PATIENCE = 8  # records in a row
 
 
 def group_norms(kind: str, values: Params) -> dict[str, jax.Array]:
@@ -61,14 +66,22 @@ class Trends:
 
 
 def make_activations(model: Model) -> Callable[..., dict[str, jax.Array]]:
-    """(params, batch) -> RMS of what the last layer leaves and the largest logit, over each device's first row."""
+    """(params, batch) -> what a forward pass over each device's first row shows, the extreme over all devices.
+
+    RMS of what the last layer leaves, the largest logit, the largest attention score, and the mean entropy share of the
+    layer whose attention looks most sharply.
+    """
     def local(params: Params, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         first = {name: array[:1] for name, array in rows.items()}
-        hidden_BTD = forward(model, params, first["tokens_BT"], positions_BT=first["positions_BT"],
-                             segment_ids_BT=first["segment_ids_BT"]).hidden_BTD
+        out = forward(model, params, first["tokens_BT"], positions_BT=first["positions_BT"],
+                      segment_ids_BT=first["segment_ids_BT"], execution=Execution(watch="attention"))
+        hidden_BTD, look_L = out.hidden_BTD, out.aux["attention"]
         found = {"activation/rms": jnp.sqrt(jnp.mean(jnp.square(hidden_BTD.astype(jnp.float32)))),
-                 "activation/largest_logit": jnp.max(jnp.abs(logits(model, params, hidden_BTD)))}
-        return {name: _largest(value) for name, value in found.items()}
+                 "activation/largest_logit": jnp.max(jnp.abs(logits(model, params, hidden_BTD))),
+                 "attention/largest_score": jnp.max(look_L.largest_score)}
+        sums_L = jax.tree.map(lambda leaf: collectives.sum_over(leaf, TOKEN_AXES), look_L)
+        entropy = jnp.min(sums_L.entropy / jnp.maximum(sums_L.weight, 1.0))
+        return {name: _largest(value) for name, value in found.items()} | {"attention/lowest_entropy": entropy}
 
     def activations(params: Params, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         rows = {name: batch[name] for name in ("tokens_BT", "positions_BT", "segment_ids_BT")}
@@ -84,6 +97,16 @@ def _largest(value: jax.Array) -> jax.Array:
     return value
 
 
+def attention_fault(values: Mapping[str, float]) -> str:
+    """What is wrong with the attention that `make_activations` saw; empty when nothing is."""
+    entropy, score = values["attention/lowest_entropy"], values["attention/largest_score"]
+    if entropy < ONE_SLOT:
+        return f"all heads of a layer look at single tokens, entropy {entropy:.3f} of its largest value"
+    if score > LARGE_SCORE:
+        return f"an attention score has reached {score:,.0f}; a norm of queries and keys (attention.qk_norm) bounds it"
+    return ""
+
+
 @jax.jit
 def mean_cosine(table_VD: jax.Array) -> jax.Array:
     """Mean cosine over all pairs of different rows: (|sum of unit rows|^2 - V) / (V (V - 1)), in float32."""
@@ -96,6 +119,27 @@ def mean_cosine(table_VD: jax.Array) -> jax.Array:
 def collapsed(cosine: float, loss: float, *, vocab_size: int) -> bool:
     """Whether an embedding has collapsed: alike rows alone may be a healthy common shift, so the loss decides."""
     return cosine > ALIKE and loss > UNLEARNT * math.log(vocab_size)
+
+
+class ExpertLoads:
+    """Says once when the fullest expert has had far more than its share for PATIENCE records in a row.
+
+    Far is half-way, on a logarithmic scale, from an even load to a router that always picks the same experts.
+    """
+
+    def __init__(self, config: MoEConfig, *, say: Callable[[str], None]) -> None:
+        self._limit = math.sqrt(config.num_experts / config.top_k) if config.num_experts else math.inf
+        self._say, self._above = say, 0
+
+    def see(self, step: int, values: Mapping[str, float]) -> None:
+        """Take in what was logged at a step."""
+        load = values.get("router_max_load")
+        if load is None:
+            return
+        self._above = self._above + 1 if load > self._limit else 0
+        if self._above == PATIENCE:
+            self._say(f"the fullest expert has had {load:.1f} times its share of tokens at step {step:,}, above "
+                      f"{self._limit:.1f} for {PATIENCE} records: raise model.moe.balance_loss or bias_update_rate")
 
 
 def laggards(seconds: Sequence[float]) -> dict[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from llmjax.track.memory import memory_metrics
 from llmjax.track.metrics import Writer
 from llmjax.track.progress import ProgressLine
 from llmjax.train.guard import Guard
-from llmjax.train.monitors import Trends
+from llmjax.train.monitors import ExpertLoads, Trends
 
 FOR_THE_GUARD = ("finite", "accepted", "grad_norm_median")  # read each step, not written
 
@@ -31,7 +32,8 @@ class Reporter:
                  progress: ProgressLine, guard: Guard, goodput: Goodput) -> None:
         self._config, self._model, self._mesh = config, model, mesh
         self._writer, self._progress, self._guard, self._goodput = writer, progress, guard, goodput
-        self._trends = Trends(say=lambda text: guard.say("warning", text))
+        warn = functools.partial(guard.say, "warning")
+        self._watchers = (Trends(say=warn), ExpertLoads(model.config.moe, say=warn))
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._tokens = 0  # positions in batches since the last line
         self._since = time.monotonic()
@@ -67,7 +69,8 @@ class Reporter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write metrics, and watch their trends."""
         if values:
-            self._trends.see(step, values)
+            for watcher in self._watchers:
+                watcher.see(step, values)
             self._writer.write(step, values)
 
     def drop(self) -> None:

@@ -10,14 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llmjax.core import tree
 from llmjax.core.mesh import BATCH_AXES, SEQUENCE_AXES, make_mesh
+from llmjax.core.model_sections import LatentConfig, ModelConfig, MoEConfig
 from llmjax.core.sections import MeshConfig
 from llmjax.core.task import LossOutput
+from llmjax.kernels.attention.options import CAUSAL
+from llmjax.kernels.attention.sharpness import sharpness
+from llmjax.models import context
+from llmjax.models.decoder import abstract_model, init_params
 from llmjax.train import monitors
+from llmjax.train.batch import put_batch, zigzag
 from llmjax.train.corruption import compare_replicas, make_replay
 
 
@@ -55,6 +64,102 @@ def test_a_collapsed_embedding_is_told_from_a_shifted_one() -> None:
     assert not monitors.collapsed(shifted, 2.5, vocab_size=100)  # it learns
     assert monitors.collapsed(shifted, math.log(100), vocab_size=100)
     assert not monitors.collapsed(0.1, math.log(100), vocab_size=100)  # the first steps
+
+
+DENSE = ModelConfig(vocab_size=64, num_layers=2, dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32,
+                    compute_dtype="float32", init_scale=0.1)  # fmt: skip
+LATENT = dataclasses.replace(DENSE, num_kv_heads=2, latent=LatentConfig(
+    kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8))  # fmt: skip
+SPARSE = dataclasses.replace(DENSE, num_layers=3, moe=MoEConfig(num_experts=4, num_dense_layers=1))
+
+
+def seen(config: ModelConfig, sizes: MeshConfig, *, change: Any = lambda params: params) -> dict[str, float]:
+    """What a forward pass over equal rows shows, with some parameters changed."""
+    mesh = make_mesh(sizes, jax.devices()[:sizes.data * sizes.context * sizes.tensor])
+    row = {"tokens_BT": np.arange(32) * 7 % 64, "positions_BT": np.arange(32), "segment_ids_BT": np.ones(32)}
+    rows = {name: np.tile(array.astype(np.int32), (sizes.data, 1)) for name, array in row.items()}
+    with jax.set_mesh(mesh):
+        params = change(init_params(config, jax.random.key(0), mesh))
+        found = monitors.make_activations(abstract_model(config))(params, put_batch(rows, mesh))
+    return {name: float(value) for name, value in found.items()}
+
+
+def sharpened(params: Any) -> Any:
+    """Queries ten thousand times too large, in every layer."""
+    flat = tree.flatten(params)
+    return tree.unflatten({path: leaf * 10_000 if path[-1] in ("q", "q_up") else leaf for path, leaf in flat.items()})
+
+
+@pytest.mark.parametrize("config", [DENSE, LATENT, SPARSE], ids=["dense", "latent", "sparse"])
+def test_collapsed_attention_is_named_and_healthy_attention_is_not(config: ModelConfig) -> None:
+    healthy, sick = (seen(config, MeshConfig(data=1), change=change) for change in (lambda params: params, sharpened))
+    assert monitors.attention_fault(healthy) == "" and 0.9 < healthy["attention/lowest_entropy"] <= 1.0
+    assert "look at single tokens" in monitors.attention_fault(sick)
+    assert "score has reached" in monitors.attention_fault(sick | {"attention/lowest_entropy": 0.5})
+
+
+def test_what_is_watched_is_that_of_one_device_on_any_mesh() -> None:
+    one, many = (seen(DENSE, MeshConfig(data=data, tensor=tensor)) for data, tensor in ((1, 1), (2, 2)))
+    assert many == pytest.approx(one, rel=1e-5)
+    assert set(one) == {"activation/rms", "activation/largest_logit", "attention/largest_score",
+                        "attention/lowest_entropy"}  # fmt: skip
+
+
+def test_the_rms_is_that_of_what_the_last_layer_leaves() -> None:
+    def louder(params: Any) -> Any:
+        return params | {"final_norm": {"scale": 8 * params["final_norm"]["scale"]}}
+
+    one, eight = seen(DENSE, MeshConfig(data=1)), seen(DENSE, MeshConfig(data=1), change=louder)
+    assert one["activation/rms"] == pytest.approx(1.0, rel=1e-3)  # an RMS norm's
+    for name in ("activation/rms", "activation/largest_logit"):
+        assert eight[name] == pytest.approx(8 * one[name], rel=1e-5)
+
+
+def test_sharpness_is_the_entropy_of_the_weights() -> None:
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal((2, 6, 2, 4)).astype(np.float32) for _ in range(2))
+    segments = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+    shares, largest = [], 0.0
+    for b, t, n in np.ndindex(2, 6, 2):
+        slots = [s for s in range(t + 1) if segments[b, s] == segments[b, t] > 0]
+        logits = np.array([q[b, t, n] @ k[b, s, n] / 2 for s in slots])
+        largest = max([largest, *abs(logits)])
+        if len(slots) > 1:
+            shares.append(scipy.stats.entropy(scipy.special.softmax(logits)) / np.log(len(slots)))
+    found = sharpness(jnp.asarray(q), jnp.asarray(k), q_segment_ids_BT=jnp.asarray(segments),
+                      kv_segment_ids_BS=jnp.asarray(segments))  # fmt: skip
+    np.testing.assert_allclose([found.entropy, found.weight, found.largest_score],
+                               [sum(shares), len(shares), largest], rtol=1e-5)
+
+
+def test_sharpness_over_a_split_sequence_is_that_of_its_last_half() -> None:
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.standard_normal((1, 32, 2, 4)), jnp.float32) for _ in range(2))
+    segments = jnp.asarray(np.repeat([1, 2], [5, 27])[None])
+    whole = sharpness(q[:, 16:], k, q_segment_ids_BT=segments[:, 16:], kv_segment_ids_BS=segments, q_offset=16)
+    mesh, order = make_mesh(MeshConfig(data=1, context=2), jax.devices()[:2]), zigzag(32, 2)
+
+    def local(q: jax.Array, k: jax.Array, segments: jax.Array) -> Any:
+        found = context.sharpness(q, k, segment_ids_BT=segments, options=CAUSAL)
+        return jax.tree.map(lambda x: x[None], found)
+
+    specs = (P(None, "context", None, None), P(None, "context", None, None), P(None, "context"))
+    with jax.set_mesh(mesh):
+        arrays = [jax.device_put(np.asarray(x)[:, order], NamedSharding(mesh, spec))
+                  for x, spec in zip((q, k, segments), specs, strict=True)]
+        found = jax.jit(jax.shard_map(local, out_specs=P("context"), check_vma=False))(*arrays)
+    np.testing.assert_allclose([found.entropy.sum(), found.weight.sum(), found.largest_score.max()],
+                               [whole.entropy, whole.weight, whole.largest_score], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("loads", "said"), [([1.5, 2.5, 1.8] * 20, 0), ([2.5] * 7 + [1.9] + [2.5] * 7, 0),
+                                             ([1.5] * 9 + [3.5] * 40, 1)])  # fmt: skip
+def test_a_router_that_prefers_one_expert_is_named(loads: list[float], said: int) -> None:
+    lines: list[str] = []
+    watcher = monitors.ExpertLoads(MoEConfig(num_experts=8, top_k=2), say=lines.append)
+    for step, load in enumerate(loads):
+        watcher.see(step, {"router_max_load": load})
+    assert len(lines) == said and all("3.5 times its share of tokens at step 16" in line for line in lines)
 
 
 def test_laggards() -> None:
