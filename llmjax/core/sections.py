@@ -135,6 +135,7 @@ class TrainConfig:
 
     steps: int = 1000
     accumulation: int = 1  # microbatches a step
+    layers: Literal["scanned", "unrolled"] = "scanned"  # unrolled: longer to compile; weights are stacked either way
     remat: Literal["none", "full", "save_matmuls", "save_names", "offload"] = "none"  # what waits for the derivative
     remat_names: str = "block_input"  # comma-separated; what `save_names` keeps and `offload` moves to host memory
     seed: int = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ class Execution:
     num_microbatches: int = 1  # that pass through the stages
     rounds: int = 1  # of each of them through all stages
     schedule: str = "gpipe"
+    layers: Literal["scanned", "unrolled"] = "scanned"
     watch: Watch = ""
 
 
@@ -59,7 +60,7 @@ def execution_of(config: Config) -> Execution:
         if name not in REMAT_NAMES:
             raise ConfigError(f"train.remat_names={name}: the names are {', '.join(REMAT_NAMES)}")
     return Execution(config.train.remat, names, config.mesh.context_method, config.train.accumulation,
-                     config.mesh.rounds, config.mesh.schedule)
+                     config.mesh.rounds, config.mesh.schedule, config.train.layers)
 
 
 def run_layers(blocks: Sequence[ApplyBlock], x_BTD: jax.Array, layers: Any, shared: Any, *,
@@ -80,8 +81,9 @@ def run_here(blocks: Sequence[ApplyBlock], x_BTD: jax.Array, layers: Any, shared
              execution: Execution) -> tuple[jax.Array, Any]:
     """`run_layers` for the layers and rows that this device holds."""
     bodies = [recomputed(functools.partial(_apply, block, shared), execution) for block in blocks]
+    unroll = execution.layers == "unrolled"
     if len(bodies) == 1:
-        return lax.scan(bodies[0], x_BTD, layers)
+        return lax.scan(bodies[0], x_BTD, layers, unroll=unroll)
 
     def run_some(x_BTD: jax.Array, some: Any) -> tuple[jax.Array, Any]:
         left = []
@@ -93,7 +95,7 @@ def run_here(blocks: Sequence[ApplyBlock], x_BTD: jax.Array, layers: Any, shared
     P, L = len(bodies), jax.tree.leaves(layers)[0].shape[0]
     whole = L - L % P
     repeats = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, P, *leaf.shape[1:]), layers)
-    x_BTD, left = lax.scan(run_some, x_BTD, repeats)
+    x_BTD, left = lax.scan(run_some, x_BTD, repeats, unroll=unroll)
     left = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), left)
     if whole == L:
         return x_BTD, left
@@ -114,4 +116,5 @@ def recomputed(body: Callable, execution: Execution) -> Callable:
     if execution.remat == "none":
         return body
     policy = REMAT_POLICIES[execution.remat](execution.remat_names)
-    return jax.checkpoint(body, policy=policy, prevent_cse=False)  # a scan's body is safe from it
+    # A scan's body is safe from being merged with its copy in the derivative.
+    return jax.checkpoint(body, policy=policy, prevent_cse=execution.layers == "unrolled")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -28,8 +29,9 @@ STEPS = 120
 KILLS = int(os.environ.get("LLMJAX_KILLS", "6"))  # of the run over two processes; .ci/full asks for 50
 FIELDS = {
     "data.seq_len": 32, "data.batch_size": 4, "model.num_layers": 1, "model.dim": 16, "model.num_heads": 2,
-    "model.num_kv_heads": 1, "model.head_dim": 8, "model.mlp_dim": 32, "train.steps": STEPS, "train.log_every": 1,
-    "checkpoint.every": 12, "eval.prompt": "", "track.carbon": "off", "track.tensorboard": "off",
+    "model.num_kv_heads": 1, "model.head_dim": 8, "model.mlp_dim": 32, "model.compute_dtype": "float32",
+    "train.steps": STEPS, "train.log_every": 1, "checkpoint.every": 12, "eval.prompt": "", "track.carbon": "off",
+    "track.tensorboard": "off",
 }  # fmt: skip
 STOPS = [
     (signal.SIGINT, 130, "interrupted; the same command goes on from the last checkpoint"),
@@ -185,9 +187,11 @@ def test_killed_at_ten_random_moments(place: Place, undisturbed: Path, seed: int
     assert_same_run(place.finished(workdir), undisturbed)
 
 
-def ended(launcher: subprocess.Popen[str], *, within: float = 3 * WAIT_SECONDS) -> None:
+def ended(launcher: subprocess.Popen[str], *, within: float = 3 * WAIT_SECONDS) -> str:
+    """Wait for a good end; what was said until then."""
     said = launcher.communicate(timeout=within)[1]
     assert launcher.returncode == 0, said[-2000:]
+    return said
 
 
 def kill_one(launcher: subprocess.Popen[str], rng: random.Random) -> None:
@@ -218,7 +222,7 @@ def test_two_processes_killed_at_random_moments_through_the_launcher(place: Plac
                 assert time.monotonic() < deadline and launcher.poll() is None
                 time.sleep(0.001)
             kill_one(launcher, rng)
-        ended(launcher)
+        assert len(re.findall(r"status 137, restart \d+ of", ended(launcher))) == KILLS
     finally:
         launcher.terminate()
     assert_same_run(workdir, undisturbed)
@@ -239,4 +243,4 @@ def test_another_number_of_processes_goes_on(place: Place, undisturbed: Path) ->
     place.finished(workdir)
     ours, theirs = (read_metrics(run / "metrics.jsonl")["loss"] for run in (workdir, undisturbed))
     assert ours.steps.tolist() == theirs.steps.tolist()
-    np.testing.assert_allclose(ours.values, theirs.values, rtol=2e-2)
+    np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-3)

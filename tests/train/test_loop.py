@@ -104,7 +104,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainSt
     return train(make_run(CONFIG, workdir, data), workdir), workdir
 
 
-def cut(data: Path, workdir: Path, *, after: int, mesh: jax.sharding.Mesh | None = None) -> None:
+def cut(data: Path, workdir: Path, *, after: int, config: Config = CONFIG) -> None:
     """The first steps of the same run, as a process that died `after` some of them leaves it."""
 
     class Died(Exception):
@@ -116,10 +116,10 @@ def cut(data: Path, workdir: Path, *, after: int, mesh: jax.sharding.Mesh | None
                 raise Died
             yield batch
 
-    task = pretrain.make_task(CONFIG, data=data, workdir=workdir)
+    task = pretrain.make_task(config, data=data, workdir=workdir)
     task = dataclasses.replace(task, batches=functools.partial(dying, task.batches))
     with pytest.raises(Died):
-        train(make_run(CONFIG, workdir, data, task=task, mesh=mesh), workdir)
+        train(make_run(config, workdir, data, task=task), workdir)
 
 
 def test_nothing_moves_that_the_loop_does_not_move(data: Path, tmp_path: Path) -> None:
@@ -161,6 +161,16 @@ def test_a_resumed_run_is_the_run(whole: tuple[TrainState, Path], data: Path, tm
 def test_it_resumes_on_another_mesh(whole: tuple[TrainState, Path], data: Path, tmp_path: Path) -> None:
     cut(data, tmp_path, after=5)
     train(make_run(CONFIG, tmp_path, data, mesh=make_mesh(MIXED)), tmp_path)
+    np.testing.assert_allclose(metrics(tmp_path)["loss"], metrics(whole[1])["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", [("scanned", "unrolled"), ("unrolled", "scanned")])
+def test_it_resumes_with_layers_run_another_way(
+    whole: tuple[TrainState, Path], data: Path, tmp_path: Path, way: tuple[str, str]
+) -> None:
+    before, after = (change(CONFIG, train={"layers": layers, "remat": "full"}) for layers in way)
+    cut(data, tmp_path, after=5, config=before)
+    train(make_run(after, tmp_path, data), tmp_path)
     np.testing.assert_allclose(metrics(tmp_path)["loss"], metrics(whole[1])["loss"], rtol=1e-5)
 
 
