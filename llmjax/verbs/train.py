@@ -166,12 +166,14 @@ def prepare(config: Config, workdir: Path, tokenizer: Tokenizer) -> Run:
 
 def _data_hash(folder: Path) -> str:
     """The hash of a data folder whose files are the ones that were written; empty where there is none."""
+    import jax
+
     from llmjax.data.manifest import FILE, Manifest
 
     if not (folder / FILE).exists():
         return ""
     manifest = Manifest.load(folder)
-    manifest.verify()
+    manifest.verify(part=jax.process_index(), parts=jax.process_count())
     return manifest.hash
 
 

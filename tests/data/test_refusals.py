@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -10,6 +11,7 @@ import pytest
 
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.sections import DataConfig, TokenizerConfig
+from llmjax.data import manifest as manifests
 from llmjax.data.build import build
 from llmjax.data.manifest import Manifest
 from llmjax.data.tokenizer import Tokenizer
@@ -60,6 +62,16 @@ def test_what_changed_on_disk_is_named(folder, change, message):
     with pytest.raises(RunError, match=message) as caught:
         _data_hash(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_processes_look_at_all_shards_between_them(built, monkeypatch, parts):
+    shards = Manifest.load(built).shards
+    manifest, seen = dataclasses.replace(Manifest.load(built), shards=shards * 5), []
+    monkeypatch.setattr(manifests, "_compare", lambda path, expected: seen.append(path))
+    for part in range(parts):
+        manifest.verify(part=part, parts=parts)
+    assert sum(path.parent.name == "shards" for path in seen) == 5 * len(shards)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_hash", "data_hash"])
