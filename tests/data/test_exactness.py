@@ -66,11 +66,12 @@ def test_no_prediction_is_lost_and_none_made_twice_before_all_are_made(
         folder = make_folder(Path(name), lengths)
         shares = [serve(open_stream(folder, data, ())(Timeline()), process_index=host, process_count=hosts)
                   for host in range(hosts)]
-        for _ in itertools.takewhile(lambda _: min(made[t] for targets in wanted.values() for t in targets) < 1,
+        for _ in itertools.takewhile(lambda _: min(made[target] for target in itertools.chain(*wanted.values())) < 1,
                                      itertools.count()):
             for batch in map(next, shares):
                 made.update(batch["targets_BT"][batch["weights_BT"] > 0].tolist())
-    assert set(made) == {target for targets in wanted.values() for target in targets}
-    for targets in wanted.values() if mixed else [[t for targets in wanted.values() for t in targets]]:
+    everything = list(itertools.chain(*wanted.values()))
+    assert set(made) == set(everything)
+    for targets in wanted.values() if mixed else [everything]:
         counts = [made[target] for target in targets]
         assert max(counts) - min(counts) <= 1 and min(counts) >= 1
