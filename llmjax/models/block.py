@@ -6,7 +6,7 @@ Letters: B batch, T time, D model width.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 from flax import nnx
@@ -18,6 +18,9 @@ from llmjax.models.inputs import BlockInputs
 from llmjax.models.layers import MLP
 from llmjax.models.noise import Noise, dropout
 from llmjax.models.norm import Norm
+
+if TYPE_CHECKING:
+    from llmjax.models.latent_attention import LatentAttention
 
 # Statistics and losses of one layer by the name of the part that has them, summed over this device's tokens.
 Aux = dict[str, Any]
@@ -95,7 +98,7 @@ class Block(nnx.Module):
         return dropout(x_BTD, noise.at(layer=layer, site=site), rate=self.dropout) if noise else x_BTD
 
 
-def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> Attention | LatentAttention:
     """The attention that a config asks for."""
     if config.latent.kv_lora_rank:
         from llmjax.models.latent_attention import LatentAttention

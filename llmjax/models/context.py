@@ -91,9 +91,8 @@ def sharpness(q_BTNH: jax.Array, k_BSKH: jax.Array, *, segment_ids_BT: jax.Array
     """How sharply the last WATCHED queries of each shard look, in rows without a cache."""
     size, T = collectives.manual_size(AXIS), q_BTNH.shape[1]
     num = T if terms.bias_NR is not None else min(WATCHED, T // 2 if size > 1 else T)  # biases are of whole rows
-    if size == 1:
-        segment_ids_BS, first = segment_ids_BT, T - num
-    else:
+    segment_ids_BS, first = segment_ids_BT, jnp.int32(T - num)
+    if size > 1:
         k_BSKH, segment_ids_BS = (_whole_sequence(lax.all_gather(x, AXIS, axis=1, tiled=True), size=size)
                                   for x in (k_BSKH, segment_ids_BT))
         first = size * T - lax.axis_index(AXIS) * (T // 2) - num  # of the shard's mirror image from the back

@@ -66,22 +66,23 @@ def test_a_collapsed_embedding_is_told_from_a_shifted_one() -> None:
     assert not monitors.collapsed(0.1, math.log(100), vocab_size=100)  # the first steps
 
 
-DENSE = ModelConfig(vocab_size=64, num_layers=2, dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32,
+DENSE = ModelConfig(vocab_size=64, num_layers=2, dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32,
                     compute_dtype="float32", init_scale=0.1)  # fmt: skip
-LATENT = dataclasses.replace(DENSE, num_kv_heads=2, latent=LatentConfig(
+LATENT = dataclasses.replace(DENSE, latent=LatentConfig(
     kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8))  # fmt: skip
 SPARSE = dataclasses.replace(DENSE, num_layers=3, moe=MoEConfig(num_experts=4, num_dense_layers=1))
 
 
-def seen(config: ModelConfig, sizes: MeshConfig, *, change: Any = lambda params: params) -> dict[str, float]:
-    """What a forward pass over equal rows shows, with some parameters changed."""
-    mesh = make_mesh(sizes, jax.devices()[:sizes.data * sizes.context * sizes.tensor])
+def seen(config: ModelConfig, *changes: Any, data: int = 1, tensor: int = 1) -> list[dict[str, float]]:
+    """What a forward pass over equal rows shows, as the parameters are and with each of some changes."""
+    sizes = MeshConfig(data=data, tensor=tensor)
+    mesh = make_mesh(sizes, jax.devices()[:data * tensor])
     row = {"tokens_BT": np.arange(32) * 7 % 64, "positions_BT": np.arange(32), "segment_ids_BT": np.ones(32)}
-    rows = {name: np.tile(array.astype(np.int32), (sizes.data, 1)) for name, array in row.items()}
+    rows = {name: np.tile(array.astype(np.int32), (data, 1)) for name, array in row.items()}
     with jax.set_mesh(mesh):
-        params = change(init_params(config, jax.random.key(0), mesh))
-        found = monitors.make_activations(abstract_model(config))(params, put_batch(rows, mesh))
-    return {name: float(value) for name, value in found.items()}
+        params, look = init_params(config, jax.random.key(0), mesh), monitors.make_activations(abstract_model(config))
+        found = [look(changed, put_batch(rows, mesh)) for changed in (params, *(change(params) for change in changes))]
+    return [{name: float(value) for name, value in values.items()} for values in found]
 
 
 def sharpened(params: Any) -> Any:
@@ -90,16 +91,17 @@ def sharpened(params: Any) -> Any:
     return tree.unflatten({path: leaf * 10_000 if path[-1] in ("q", "q_up") else leaf for path, leaf in flat.items()})
 
 
-@pytest.mark.parametrize("config", [DENSE, LATENT, SPARSE], ids=["dense", "latent", "sparse"])
+@pytest.mark.parametrize("config", [DENSE, *(pytest.param(config, marks=pytest.mark.slow)
+                                             for config in (LATENT, SPARSE))], ids=["dense", "latent", "sparse"])
 def test_collapsed_attention_is_named_and_healthy_attention_is_not(config: ModelConfig) -> None:
-    healthy, sick = (seen(config, MeshConfig(data=1), change=change) for change in (lambda params: params, sharpened))
+    healthy, sick = seen(config, sharpened)
     assert monitors.attention_fault(healthy) == "" and 0.9 < healthy["attention/lowest_entropy"] <= 1.0
     assert "look at single tokens" in monitors.attention_fault(sick)
     assert "score has reached" in monitors.attention_fault(sick | {"attention/lowest_entropy": 0.5})
 
 
 def test_what_is_watched_is_that_of_one_device_on_any_mesh() -> None:
-    one, many = (seen(DENSE, MeshConfig(data=data, tensor=tensor)) for data, tensor in ((1, 1), (2, 2)))
+    (one,), (many,) = seen(DENSE), seen(DENSE, data=2, tensor=2)
     assert many == pytest.approx(one, rel=1e-5)
     assert set(one) == {"activation/rms", "activation/largest_logit", "attention/largest_score",
                         "attention/lowest_entropy"}  # fmt: skip
@@ -109,7 +111,7 @@ def test_the_rms_is_that_of_what_the_last_layer_leaves() -> None:
     def louder(params: Any) -> Any:
         return params | {"final_norm": {"scale": 8 * params["final_norm"]["scale"]}}
 
-    one, eight = seen(DENSE, MeshConfig(data=1)), seen(DENSE, MeshConfig(data=1), change=louder)
+    one, eight = seen(DENSE, louder)
     assert one["activation/rms"] == pytest.approx(1.0, rel=1e-3)  # an RMS norm's
     for name in ("activation/rms", "activation/largest_logit"):
         assert eight[name] == pytest.approx(8 * one[name], rel=1e-5)
