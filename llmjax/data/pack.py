@@ -85,7 +85,6 @@ class PackPlan:
             digest.update(np.ascontiguousarray(array, np.int64).data)
         return digest.hexdigest()
 
-
     def spans(self, rows: np.ndarray) -> Spans:
         """The segments of some rows, (n,) row numbers, in their order."""
         counts = np.diff(self.row_starts)[rows]

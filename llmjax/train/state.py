@@ -65,12 +65,6 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, guard: G
                       average=jax.tree.map(jnp.copy, as_moments) if ema_decay else {})
 
 
-def abstract_state(abstract_params: Params, optimizer: optax.GradientTransformation,
-                   guard: GuardConfig = GuardConfig(), *, placement: Placement | None = None) -> TrainState:
-    """Shapes, dtypes and shardings of the state, for a restore or a compilation; call it under the mesh."""
-    return jax.eval_shape(lambda params: init_state(params, optimizer, guard, placement=placement), abstract_params)
-
-
 def averaged(state: TrainState, params: Params, *, decay: float) -> Params:
     """The moving average after a step that led to `params`, which are laid out like it; nothing without a decay.
 

@@ -25,7 +25,7 @@ from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.mesh import make_mesh, single_device_mesh
 from llmjax.core.sections import MeshConfig
 from llmjax.train.checkpoint import Checkpointer, check_meta, latest_step, read_meta, restore_params, save_params
-from llmjax.train.state import TrainState, abstract_state, init_state
+from llmjax.train.state import TrainState, init_state
 
 SPECS = {"blocks": {"w": P(None, "fsdp", "tensor")}, "norm": P(None)}
 META = {"data_step": 7, "tokenizer_hash": "abc", "config": {"train": {"steps": 3}}}
@@ -45,7 +45,7 @@ def make_state(mesh: Mesh, *, seed: int = 0, dim: int = 16) -> TrainState:
 
 def like(mesh: Mesh, **sizes) -> TrainState:
     with jax.set_mesh(mesh):
-        return abstract_state(jax.eval_shape(lambda p: p, make_state(mesh, **sizes).params), OPTIMIZER)
+        return jax.eval_shape(lambda params: init_state(params, OPTIMIZER), make_state(mesh, **sizes).params)
 
 
 @pytest.fixture(scope="module")
