@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -66,22 +67,24 @@ class Trends:
 
 
 def make_activations(model: Model) -> Callable[..., dict[str, jax.Array]]:
-    """(params, batch) -> what a forward pass over each device's first row shows, the extreme over all devices.
+    """(params, batch) -> what a forward pass over the first row of each batch shard shows.
 
-    RMS of what the last layer leaves, the largest logit, the largest attention score, and the mean entropy share of the
-    layer whose attention looks most sharply.
+    RMS of what the last layer leaves, the largest logit and attention score, and the mean entropy share of the layer
+    whose attention looks most sharply.
     """
     def local(params: Params, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         first = {name: array[:1] for name, array in rows.items()}
         out = forward(model, params, first["tokens_BT"], positions_BT=first["positions_BT"],
                       segment_ids_BT=first["segment_ids_BT"], execution=Execution(watch="attention"))
         hidden_BTD, look_L = out.hidden_BTD, out.aux["attention"]
-        found = {"activation/rms": jnp.sqrt(jnp.mean(jnp.square(hidden_BTD.astype(jnp.float32)))),
-                 "activation/largest_logit": jnp.max(jnp.abs(logits(model, params, hidden_BTD))),
-                 "attention/largest_score": jnp.max(look_L.largest_score)}
-        sums_L = jax.tree.map(lambda leaf: collectives.sum_over(leaf, TOKEN_AXES), look_L)
-        entropy = jnp.min(sums_L.entropy / jnp.maximum(sums_L.weight, 1.0))
-        return {name: _largest(value) for name, value in found.items()} | {"attention/lowest_entropy": entropy}
+        largest = {"activation/largest_logit": jnp.max(jnp.abs(logits(model, params, hidden_BTD))),
+                   "attention/largest_score": jnp.max(look_L.largest_score)}
+        everywhere = functools.partial(collectives.sum_over, axes=TOKEN_AXES)
+        squares, count = jnp.sum(jnp.square(hidden_BTD.astype(jnp.float32))), jnp.float32(hidden_BTD.size)
+        entropy_L = everywhere(look_L.entropy) / jnp.maximum(everywhere(look_L.weight), 1.0)
+        return {name: _largest(value) for name, value in largest.items()} | {
+            "activation/rms": jnp.sqrt(everywhere(squares) / everywhere(count)),
+            "attention/lowest_entropy": jnp.min(entropy_L)}
 
     def activations(params: Params, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         rows = {name: batch[name] for name in ("tokens_BT", "positions_BT", "segment_ids_BT")}

@@ -100,6 +100,7 @@ def test_collapsed_attention_is_named_and_healthy_attention_is_not(config: Model
     assert "score has reached" in monitors.attention_fault(sick | {"attention/lowest_entropy": 0.5})
 
 
+@pytest.mark.slow
 def test_what_is_watched_is_that_of_one_device_on_any_mesh() -> None:
     (one,), (many,) = seen(DENSE), seen(DENSE, data=2, tensor=2)
     assert many == pytest.approx(one, rel=1e-5)
