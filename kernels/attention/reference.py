@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from llmjax.kernels.attention.options import CAUSAL, NO_TERMS, Options, Terms
 from llmjax.kernels.attention.relative import spread
 
-MASKED = -1e30  # finite, so that a row that sees nothing is not NaN
+MASKED = -1e30  # finite, so that a row that sees nothing is not NaN; it gives zeros
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax.Array, *, q_segment_ids_BT: jax.Array,
@@ -25,6 +25,7 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax.Array, *, q_segm
         sinks_BNT1 = jnp.broadcast_to(terms.sinks_N[None, :, None, None], (B, N, T, 1)).astype(jnp.float32)
         scores_BNTS = jnp.concatenate([scores_BNTS, sinks_BNT1], axis=-1)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)[..., :S].astype(v_BSKW.dtype)  # the sum is taken in float32
+    weights_BNTS = jnp.where(jnp.max(scores_BNTS[..., :S], axis=-1, keepdims=True) > MASKED, weights_BNTS, 0.0)
     weights_BKGTS = weights_BNTS.reshape(B, K, N // K, T, S)
     return jnp.einsum("BKGTS,BSKW->BTKGW", weights_BKGTS, v_BSKW).reshape(B, T, N, v_BSKW.shape[3])
 
