@@ -33,6 +33,7 @@ class Occupancy:
 
     live: float = 1.0  # those with matrix products: the share of tiles that are not masked away
     edge: float = 1.0  # those without: accumulators set up and written back
+    trips: tuple[float, ...] = ()  # of the loops whose bound only the data know, in their order; 1 where none is given
 
 
 @dataclasses.dataclass
@@ -42,10 +43,12 @@ class Region:
     kind: str  # "kernel", "loop" or "branch"
     first: int
     last: int
-    trips: int = 1  # of a loop; 1 where only the data know
+    trips: int = 1  # of a loop
+    unknown: int = -1  # number of a loop among those whose trips only the data know
     inner: list[Region] = dataclasses.field(default_factory=list)
     bundles: int = 0  # own ones
     matmul_cycles: float = 0.0  # of the busiest matrix unit in them
+    spills: int = 0  # registers that go to memory in them
 
     def walk(self) -> Iterator[Region]:
         yield self
@@ -59,6 +62,8 @@ class Region:
         for region in self.inner:
             if region is body:
                 share = (self.trips - PIPELINE_TRIPS) / self.trips if self.trips > PIPELINE_TRIPS else 1.0
+            elif 0 <= region.unknown < len(occupancy.trips):
+                share = occupancy.trips[region.unknown]
             elif region.kind == "loop":
                 share = region.trips
             else:
@@ -104,11 +109,13 @@ def read_kernel(text: str, chip: Chip) -> Region:
         elif bundles:
             bundles[-1] += line  # a comment that holds a newline
     root = Region("kernel", 0, len(bundles))
-    stack = [root]
+    stack, num_unknown = [root], 0
     for region in sorted(_regions(bundles), key=lambda r: (r.first, -r.last)):
         while region.first >= stack[-1].last:
             stack.pop()
         region.last = min(region.last, stack[-1].last)
+        if region.unknown >= 0:
+            region.unknown, num_unknown = num_unknown, num_unknown + 1
         stack[-1].inner.append(region)
         stack.append(region)
     _count_own(root, bundles, chip)
@@ -127,7 +134,8 @@ def _regions(bundles: list[str]) -> Iterator[Region]:
         for predicate, number in _BRANCH.findall(text):
             target = starts.get(number)
             if target is not None and target <= index:
-                yield Region("loop", target, index + 1, trips=trips.get(predicate.lstrip("!"), 1))
+                bound = trips.get(predicate.lstrip("!"))
+                yield Region("loop", target, index + 1, trips=bound or 1, unknown=-1 if bound else 0)
             elif target is not None and target > index + DELAY_SLOTS + 1:
                 yield Region("branch", index + DELAY_SLOTS, target)
 
@@ -141,6 +149,7 @@ def _count_own(region: Region, bundles: list[str], chip: Chip) -> None:
     busy: dict[str, float] = {}
     for index in set(range(region.first, region.last)) - inside:
         region.bundles += 1
+        region.spills += "vst [vmem:" in bundles[index] and "_spill]" in bundles[index]
         for dtype, unit in _MATMUL.findall(bundles[index]):
             # 16 rows at a time of 16 bits or less, 8 of float32
             busy[unit] = busy.get(unit, 0.0) + chip.row_cycles * (1.0 if _NARROW.search(dtype) else 0.5)

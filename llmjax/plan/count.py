@@ -24,6 +24,8 @@ PHASES = (("rematted_computation", "recomputation"), ("transpose(", "backward"),
 # Matrix products of a causal attention kernel, by a part of its name: scores and values forward, and their derivatives.
 ATTENTION_PRODUCTS = (("dkv", 4), ("dq", 3), ("mha_fwd", 2), ("flash_attention", 2), ("splash", 2))
 
+ATTENTION_BLOCK = 512  # rows of a tile of our own kernel
+
 _COST = re.compile(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
 _OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?)\}, [a-z_]+=")
 _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]+)\]")
@@ -213,10 +215,36 @@ class StaticKernels:
 
 
 def occupancy(instruction: Instruction) -> bundles.Occupancy:
-    """How full a causal attention kernel's grid of tiles is, by the size of its table of tiles; others are full."""
+    """How full an attention kernel's grid of tiles is, for one document a row; other kernels are full.
+
+    Ours says so by the FLOPs it declares, jax's causal ones by the size of their table of tiles.
+    """
+    if "attention_forward" in instruction.name or "attention_backward" in instruction.name:
+        return _attention_occupancy(instruction)
     tables = [dims for dtype, dims in _operands(instruction) if dtype == "s8" and len(dims) == 3]
     num_tiles = max((max(dims[1:]) for dims in tables), default=1)
     return bundles.Occupancy(live=(num_tiles + 1) / (2 * num_tiles), edge=1 / num_tiles)
+
+
+def _attention_occupancy(instruction: Instruction) -> bundles.Occupancy:
+    """Pairs of tiles without a mask and tiles with one, for a block of queries (see kernels/attention/tpu_tiles.py)."""
+    arrays = [dims for dtype, dims in _operands(instruction) if dtype in ("bf16", "f32") and len(dims) >= 3]
+    (P, G, T, H) = next(dims for dims in arrays if len(dims) == 4 and dims[2] > 1)
+    keys, values = [dims for dims in arrays if len(dims) == 3][-2:]
+    backward = "backward" in instruction.name
+    num_rows, num_columns = -(-T // ATTENTION_BLOCK), -(-keys[1] // ATTENTION_BLOCK)
+    products = 5 if backward else 2
+    share = kernel_flops(instruction) / (products * P * G * T * keys[1] * (H + values[2]))
+    if share > 0.75:  # every query sees every key
+        pairs, masked = float(num_columns // 2), float(num_columns % 2)
+    elif share > 0.45:  # causal: i tiles before the diagonal
+        pairs = sum(i // 2 for i in range(num_rows)) / num_rows
+        masked = 1 + sum(i % 2 for i in range(num_rows)) / num_rows
+    else:  # a window: one tile at either end
+        pairs, masked = share * num_columns / 2, 2.0
+    if backward:
+        return bundles.Occupancy(edge=1 / (G * num_rows), trips=(2 * pairs, masked))
+    return bundles.Occupancy(trips=(pairs, masked))
 
 
 def kernel_flops(instruction: Instruction) -> float:
