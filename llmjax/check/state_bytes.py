@@ -36,13 +36,15 @@ class StateBytes:
         return self.params + self.gradients + self.optimizer
 
 
-def formula(model: Model, mesh: jax.sharding.Mesh, *, shard: str, num_moments: int = 2) -> StateBytes:
-    """By the table above; gradients and moments are float32, parameters as declared."""
+def formula(model: Model, mesh: jax.sharding.Mesh, *, shard: str, num_moments: int = 2,
+            moments: str = "float32") -> StateBytes:
+    """By the table above; gradients are float32, parameters as declared."""
     spread, repeated = _counts(model, mesh)
     width = jnp.dtype(model.config.param_dtype).itemsize
     numbers = {part: (spread // axis_size(mesh, "fsdp") if part in SPREAD[shard] else spread) + repeated
                for part in ("params", "gradients", "optimizer")}
-    return StateBytes(width * numbers["params"], 4 * numbers["gradients"], 4 * num_moments * numbers["optimizer"])
+    return StateBytes(width * numbers["params"], 4 * numbers["gradients"],
+                      jnp.dtype(moments).itemsize * num_moments * numbers["optimizer"])
 
 
 def _counts(model: Model, mesh: jax.sharding.Mesh) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from llmjax.core.mesh import FSDP_AXES, TOKEN_AXES
 
 # The axes over which losses and gradients are added up.
 SHARE_AXES = ("stage", *TOKEN_AXES)
+LANES = 128  # of a TPU's tile, along the last dim of an array
 ShardedDims = tuple[tuple[int, str], ...]
 
 
@@ -55,8 +56,19 @@ def scatter_gradient(grad: jax.Array, spec: PartitionSpec, *, wanted: PartitionS
     """
     for dim, (entry, target) in enumerate(zip(spec, wanted, strict=True)):
         for axis in split_axes([axis for axis in mesh_axes(target) if axis not in mesh_axes(entry)]):
-            grad = lax.psum_scatter(grad.astype(jnp.float32), axis, scatter_dimension=dim, tiled=True)
+            grad = _scatter(grad.astype(jnp.float32), dim, axis)
     return grad
+
+
+def _scatter(grad: jax.Array, dim: int, axis: str) -> jax.Array:
+    """The sum over `axis`, of which each device keeps its piece of `dim`.
+
+    Pieces narrower than a TPU's tile XLA would cut from a full all-reduce, unless they have a dim of their own.
+    """
+    size = manual_size(axis)
+    if dim < grad.ndim - 1 or grad.shape[dim] // size % LANES == 0:
+        return lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
+    return lax.psum_scatter(grad.reshape(*grad.shape[:dim], size, -1), axis, scatter_dimension=dim)
 
 
 def sum_gradient(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -80,7 +92,7 @@ def _gather_fwd(weight: jax.Array, dims: ShardedDims, dtype: str) -> tuple[jax.A
 def _gather_bwd(dims: ShardedDims, dtype: str, like: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
     grad = grad.astype(jnp.float32)  # sums of many devices' gradients are taken in float32
     for dim, axis in reversed(dims):
-        grad = lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
+        grad = _scatter(grad, dim, axis)
     return (grad.astype(like.dtype),)
 
 

@@ -175,6 +175,8 @@ def _check_stages(config: Config, num_stages: int) -> None:
 
 def _check_1f1b(config: Config, num_stages: int) -> None:
     """The loss of a microbatch is taken within the schedule, by all stages together."""
+    if config.model.compute_dtype == "float16":
+        raise ConfigError("mesh.schedule=1f1b: model.compute_dtype=float16 scales the loss from outside; gpipe fits")
     if config.task.name == "dpo":
         raise ConfigError("mesh.schedule=1f1b: task.name=dpo compares whole answers; gpipe fits")
     if config.model.moe.num_dense_layers:

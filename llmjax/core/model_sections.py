@@ -141,7 +141,8 @@ class ModelConfig:
     dropout: float = 0.0  # of the embedding and of what a sublayer adds, in training
     multi_token: int = 0  # further tokens that extra heads predict in training
 
-    compute_dtype: Dtype = "bfloat16"
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # float16: with a scaled loss
+    matmul: Literal["plain", "int8", "fp8"] = "plain"  # what operands of projections are rounded to (needs qwix)
     param_dtype: Dtype = "float32"
     init_scale: float = 0.02  # standard deviation of the normal initialisation
     mup: MupConfig = MupConfig()

@@ -54,6 +54,11 @@ def keep_compiled(folder: Path) -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(WORTH_KEEPING))
 
 
+def num_processes() -> int:
+    """How many processes the launcher of this one names; 1 without a launcher, or where jax finds its peers itself."""
+    return int(os.environ.get("LLMJAX_NUM_PROCESSES", "1"))
+
+
 def join_processes() -> None:
     """Become one of the processes of a run, where a launcher says there are several; before any use of a device."""
     coordinator = os.environ.get("LLMJAX_COORDINATOR")
@@ -66,7 +71,7 @@ def join_processes() -> None:
     if coordinator == "auto":
         jax.distributed.initialize()
     else:
-        jax.distributed.initialize(coordinator, num_processes=int(os.environ["LLMJAX_NUM_PROCESSES"]),
+        jax.distributed.initialize(coordinator, num_processes=num_processes(),
                                    process_id=int(os.environ["LLMJAX_PROCESS_ID"]))
 
 

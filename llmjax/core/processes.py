@@ -21,6 +21,18 @@ def first_alone(name: str, work: Callable[[], object]) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def agreed(value: bool) -> bool:
+    """What process 0 says, on every process: clocks differ, and all have to go the same way."""
+    import jax
+
+    if jax.process_count() == 1:
+        return value
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
+
+
 def whole(tree: Any) -> Any:
     """Host copies of arrays, whole on every process wherever their shards lie; call it on every process."""
     import jax

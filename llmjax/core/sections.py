@@ -124,6 +124,9 @@ class OptimConfig:
     clip_norm: float = 1.0  # 0 switches clipping off
     muon_momentum: float = 0.95
     adafactor_steps: Literal["relative", "absolute"] = "relative"  # to a weight's root mean square, or not
+    moments: Literal["float32", "bfloat16"] = "float32"  # in which they are kept; they are computed in float32
+    rounding: Literal["nearest", "stochastic"] = "nearest"  # of bfloat16 moments and parameters
+    memory: Literal["device", "host"] = "device"  # where moments wait between updates
     adam_learning_rate: float = 0.0  # Muon: the rate of embeddings, head and norms; 0: `learning_rate`
     ema_decay: float = 0.0  # of a moving average of the weights kept beside them; 0: none is
     pieces: tuple[RatePiece, ...] = ()  # derived from the stages

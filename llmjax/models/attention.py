@@ -31,7 +31,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config, self.dtype, self.positions = config.attention, config.compute_dtype, config.positions
         D, N, K, H, dtype = config.dim, config.num_heads, config.num_kv_heads, config.head_dim, config.param_dtype
-        self.num_heads = N  # on all shards together
+        self.num_heads, self.matmul = N, config.matmul  # heads of all shards together
         init, zeros = nnx.initializers.normal(config.init_scale), nnx.initializers.zeros
         for name, heads, heads_axis in (("q", N, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")):
             shape, axes = (heads, H), (heads_axis, "head_dim")
@@ -61,7 +61,8 @@ class Attention(nnx.Module):
                                      kv_segment_ids_BS=inputs.kv_segment_ids_BS, q_offset=inputs.q_offset,
                                      options=options(self.config, span=span), terms=self._terms(q_BTNH.shape[2]),
                                      method=inputs.context_method)
-        out_BTD = collectives.leave_tensor(dense(out_BTNH, weight(self.o, self.dtype), num_in_dims=2))
+        out_BTD = dense(out_BTNH, weight(self.o, self.dtype), num_in_dims=2, matmul=self.matmul)
+        out_BTD = collectives.leave_tensor(out_BTD)
         if self.config.bias == "all":
             out_BTD = out_BTD + weight(self.o_bias, self.dtype)[None, None]
         return out_BTD, cache
@@ -79,7 +80,7 @@ class Attention(nnx.Module):
         return rope.rotate(q_BTNH, inputs.rope[span]), rope.rotate(k_BTKH, inputs.rope[span])
 
     def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
-        y_BTNH = dense(x_BTD, weight(getattr(self, name), self.dtype))
+        y_BTNH = dense(x_BTD, weight(getattr(self, name), self.dtype), matmul=self.matmul)
         if self.config.bias == "none":
             return y_BTNH
         return y_BTNH + weight(getattr(self, f"{name}_bias"), self.dtype)[None, None]

@@ -1,39 +1,67 @@
-"""The matmul of every projection, with the order of operands of its derivative fixed.
+"""The matmul of every projection, with the order of operands of its derivative fixed, in full or in fewer bits.
 
 Left to automatic differentiation, the weight's derivative comes out transposed, and on the CPU the compiler then
 computes the (large) cotangent transposed too, element by element: a third of a small model's step.
+
+With model.matmul int8 or fp8, the operands of all three products are rounded, each row or column that is not summed
+over with a scale of its own (as in Dettmers et al. 2022, section 2), and multiplied by qwix. Sums are int32 or float32.
+Parameters, their gradients and everything between projections stay as they are.
 
 Letters: T tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Literal
 
 import jax
 from jax import lax
 
-
-@jax.custom_vjp
-def _dense(x_TI: jax.Array, w_IO: jax.Array) -> jax.Array:
-    return lax.dot_general(x_TI, w_IO, (((1,), (0,)), ((), ())))
-
-
-def _forward(x_TI: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _dense(x_TI, w_IO), (x_TI, w_IO)
+Matmul = Literal["plain", "int8", "fp8"]
+# By model.matmul: what activations and weights become, and what derivatives do, which vary more.
+ROUNDED = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
 
 
-def _backward(residuals: tuple[jax.Array, jax.Array], dy_TO: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _product(a: jax.Array, b: jax.Array, dims: tuple[int, int], dtypes: tuple[str, str] | None) -> jax.Array:
+    """Contract dim dims[0] of a with dim dims[1] of b, both of them matrices."""
+    contracted = (((dims[0],), (dims[1],)), ((), ()))
+    if dtypes is None:
+        return lax.dot_general(a, b, contracted)
+    import qwix
+
+    rounded = (qwix.quantize(x, dtype, channelwise_axes=(1 - dim,))
+               for x, dim, dtype in zip((a, b), dims, dtypes, strict=True))
+    return qwix.dot_general(*rounded, contracted).astype(a.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense(x_TI: jax.Array, w_IO: jax.Array, matmul: Matmul) -> jax.Array:
+    if matmul == "plain":
+        return _product(x_TI, w_IO, (1, 0), None)
+    own, _ = ROUNDED[matmul]
+    return _product(x_TI, w_IO, (1, 0), (own, own))
+
+
+def _forward(x_TI: jax.Array, w_IO: jax.Array, matmul: Matmul) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _dense(x_TI, w_IO, matmul), (x_TI, w_IO)
+
+
+def _backward(matmul: Matmul, residuals: tuple[jax.Array, jax.Array],
+              dy_TO: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_TI, w_IO = residuals
-    return (lax.dot_general(dy_TO, w_IO, (((1,), (1,)), ((), ()))),
-            lax.dot_general(x_TI, dy_TO, (((0,), (0,)), ((), ()))))
+    if matmul == "plain":
+        return _product(dy_TO, w_IO, (1, 1), None), _product(x_TI, dy_TO, (0, 0), None)
+    own, derived = ROUNDED[matmul]
+    return _product(dy_TO, w_IO, (1, 1), (derived, own)), _product(x_TI, dy_TO, (0, 0), (own, derived))
 
 
 _dense.defvjp(_forward, _backward)
 
 
-def dense(x: jax.Array, w: jax.Array, *, num_in_dims: int = 1) -> jax.Array:
+def dense(x: jax.Array, w: jax.Array, *, num_in_dims: int = 1, matmul: Matmul = "plain") -> jax.Array:
     """Contract the last `num_in_dims` dims of x, which stand behind (B, T), with the first ones of w."""
     lead, inputs = x.shape[:-num_in_dims], math.prod(x.shape[-num_in_dims:])
-    y_TO = _dense(x.reshape(-1, inputs), w.reshape(inputs, -1))
+    y_TO = _dense(x.reshape(-1, inputs), w.reshape(inputs, -1), matmul)
     return y_TO.reshape(*lead, *w.shape[num_in_dims:])

@@ -44,7 +44,8 @@ class LatentAttention(nnx.Module):
     """softmax(scale (q_H k_H + q_P k_P)) v, where k_H and v are projections of a latent and k_P is the same for all."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.attention, self.config, self.dtype = config.attention, config.latent, config.compute_dtype
+        self.attention, self.config = config.attention, config.latent
+        self.dtype, self.matmul = config.compute_dtype, config.matmul
         D, N, R, Q = config.dim, config.num_heads, config.latent.kv_lora_rank, config.latent.q_lora_rank
         H, P, W = config.latent.qk_nope_head_dim, config.latent.qk_rope_head_dim, config.latent.v_head_dim
         init, dtype = nnx.initializers.normal(config.init_scale), config.param_dtype
@@ -70,7 +71,10 @@ class LatentAttention(nnx.Module):
             cache = LatentCache(latent_BSR, k_BSP)
         attend = self._absorbed if self._absorbing_pays(q_BTNH.shape[1], latent_BSR.shape[1]) else self._expanded
         out_BTNW = attend(q_BTNH, q_BTNP, latent_BSR, k_BSP, inputs=inputs, span=span)
-        return collectives.leave_tensor(dense(out_BTNW, weight(self.o, self.dtype), num_in_dims=2)), cache
+        return collectives.leave_tensor(self._dense(out_BTNW, self.o, num_in_dims=2)), cache
+
+    def _dense(self, x: jax.Array, w: nnx.Param, *, num_in_dims: int = 1) -> jax.Array:
+        return dense(x, weight(w, self.dtype), num_in_dims=num_in_dims, matmul=self.matmul)
 
     def watch(self, x_BTD: jax.Array, inputs: BlockInputs, *, span: Span) -> Sharpness:
         """How sharply this layer looks."""
@@ -82,16 +86,16 @@ class LatentAttention(nnx.Module):
     def _queries(self, x_BTD: jax.Array, turns: rope.RopeTables | None) -> tuple[jax.Array, jax.Array]:
         """The parts of the queries that carry no position, and those that do."""
         if not self.config.q_lora_rank:
-            q = dense(collectives.enter_tensor(x_BTD), weight(self.q, self.dtype))
+            q = self._dense(collectives.enter_tensor(x_BTD), self.q)
         else:
-            latent_BTQ = self.q_norm(dense(x_BTD, weight(self.q_down, self.dtype)))
-            q = dense(collectives.enter_tensor(latent_BTQ), weight(self.q_up, self.dtype))
+            latent_BTQ = self.q_norm(self._dense(x_BTD, self.q_down))
+            q = self._dense(collectives.enter_tensor(latent_BTQ), self.q_up)
         q_BTNH, q_BTNP = jnp.split(q, (self.config.qk_nope_head_dim,), axis=-1)
         return q_BTNH, rope.rotate(q_BTNP, turns)
 
     def _latent(self, x_BTD: jax.Array, turns: rope.RopeTables | None) -> tuple[jax.Array, jax.Array]:
         """The latent of each token and its rotated key; into the tensor-parallel region go only these."""
-        latent_BTR, k_BTP = jnp.split(dense(x_BTD, weight(self.kv_down, self.dtype)), (self.config.kv_lora_rank,), -1)
+        latent_BTR, k_BTP = jnp.split(self._dense(x_BTD, self.kv_down), (self.config.kv_lora_rank,), -1)
         both_BTC = collectives.enter_tensor(jnp.concatenate([self.kv_norm(latent_BTR), k_BTP], axis=-1))
         latent_BSR, k_BSP = jnp.split(both_BTC, (self.config.kv_lora_rank,), -1)
         return latent_BSR, rope.rotate(k_BSP[:, :, None], turns)[:, :, 0]
@@ -109,7 +113,7 @@ class LatentAttention(nnx.Module):
         return self._attend(jnp.concatenate([q_BTNH, q_BTNP], axis=-1), k, v_BSNW, inputs=inputs, span=span)
 
     def _keys_and_values(self, latent_BSR: jax.Array, k_BSP: jax.Array) -> tuple[jax.Array, jax.Array]:
-        kv_BSNX = dense(latent_BSR, weight(self.kv_up, self.dtype))
+        kv_BSNX = self._dense(latent_BSR, self.kv_up)
         k_BSNH, v_BSNW = jnp.split(kv_BSNX, (self.config.qk_nope_head_dim,), axis=-1)
         shared_BSNP = jnp.broadcast_to(k_BSP[:, :, None], (*k_BSNH.shape[:3], k_BSP.shape[-1]))
         return jnp.concatenate([k_BSNH, shared_BSNP], axis=-1), v_BSNW

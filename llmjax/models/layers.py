@@ -14,7 +14,7 @@ from flax import nnx
 
 from llmjax.core import collectives
 from llmjax.core.model_sections import ModelConfig
-from llmjax.models.dense import dense
+from llmjax.models.dense import Matmul, dense
 from llmjax.models.norm import recomputed
 from llmjax.models.param import output_init, param, weight
 
@@ -49,18 +49,19 @@ def gated(gate_BTF: jax.Array, up_BTF: jax.Array, activation: str) -> jax.Array:
     return GATED[activation](gate_BTF, up_BTF)
 
 
-@functools.partial(recomputed, static_argnums=2)
-def _activate_and_project(inputs_BTF: tuple[jax.Array, ...], down_FD: jax.Array, activation: str) -> jax.Array:
+@functools.partial(recomputed, static_argnums=(2, 3))
+def _activate_and_project(inputs_BTF: tuple[jax.Array, ...], down_FD: jax.Array, activation: str,
+                          matmul: Matmul) -> jax.Array:
     """activation(inputs) W_down; of the inputs alone the derivative is told, what is between them is made again."""
     function = GATED.get(activation) or PLAIN[activation]
-    return dense(function(*inputs_BTF), down_FD)
+    return dense(function(*inputs_BTF), down_FD, matmul=matmul)
 
 
 class MLP(nnx.Module):
     """activation(x W_gate, x W_up) W_down, or activation(x W_up) W_down where nothing gates."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, mlp_dim: int):
-        self.activation, self.dtype = config.activation, config.compute_dtype
+        self.activation, self.dtype, self.matmul = config.activation, config.compute_dtype, config.matmul
         D, F, dtype = config.dim, mlp_dim, config.param_dtype
         init, zeros = nnx.initializers.normal(config.init_scale), nnx.initializers.zeros
         self.inputs = ("gate", "up") if config.activation in GATED else ("up",)
@@ -79,14 +80,14 @@ class MLP(nnx.Module):
     def part(self, x_BTD: jax.Array) -> jax.Array:
         """What this shard's columns add to the result, within a tensor-parallel region."""
         inputs_BTF = tuple(self._input(x_BTD, name) for name in self.inputs)
-        return _activate_and_project(inputs_BTF, weight(self.down, self.dtype), self.activation)
+        return _activate_and_project(inputs_BTF, weight(self.down, self.dtype), self.activation, self.matmul)
 
     def whole(self, out_BTD: jax.Array) -> jax.Array:
         """The result, given the sum of all parts."""
         return out_BTD + weight(self.down_bias, self.dtype)[None, None] if self.has_bias else out_BTD
 
     def _input(self, x_BTD: jax.Array, name: str) -> jax.Array:
-        y_BTF = dense(x_BTD, weight(getattr(self, name), self.dtype))
+        y_BTF = dense(x_BTD, weight(getattr(self, name), self.dtype), matmul=self.matmul)
         return y_BTF + weight(getattr(self, f"{name}_bias"), self.dtype)[None, None] if self.has_bias else y_BTF
 
 

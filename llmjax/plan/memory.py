@@ -121,7 +121,8 @@ def _waiting(layout: Layout) -> float:
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim / tensor
     matmuls = 3 * model.dim + heads + 2 * model.mlp_dim / tensor
     statistics = model.num_heads / tensor * FULL / HALF
-    return {"none": matmuls + statistics, "save_matmuls": matmuls}.get(layout.remat, model.dim)
+    block_input = model.dim / tensor  # between blocks tensor shards share the tokens
+    return {"none": matmuls + statistics, "save_matmuls": matmuls}.get(layout.remat, block_input)
 
 
 def _working(model: ModelConfig, tensor: int) -> float:

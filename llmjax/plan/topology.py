@@ -33,7 +33,7 @@ ENVIRONMENT = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: its chips and the devices that jax sees on them."""
+    """A slice: its chips and the devices that jax sees on them, and on any further slices."""
 
     name: str
     chip: Chip
@@ -62,8 +62,11 @@ def closes(chip: Chip, dims: tuple[int, ...]) -> bool:
     return all(size % chip.wrap_multiple == 0 for size in dims)
 
 
-def load(name: str) -> Topology:
-    """The topology `name`, described by libtpu; raises RunError where libtpu is missing or refuses it."""
+def load(name: str, *, num_slices: int = 1) -> Topology:
+    """The topology `name`, or several slices of it over a data-centre network, described by libtpu.
+
+    Raises RunError where libtpu is missing or refuses it.
+    """
     chip, dims = parse(name)
     if importlib.util.find_spec("libtpu") is None:
         raise RunError("the TPU compiler is not installed: pip install 'llmjax[plan]'")
@@ -78,7 +81,7 @@ def load(name: str) -> Topology:
             platform="tpu",
             chip_config_name="megacore" if chip.megacore else "default",
             chips_per_host_bounds=hosts,
-            num_slices=1,
+            num_slices=num_slices,
             wrap=(wraps,) * len(dims) + (False,) * (3 - len(dims)),
         )
     except RuntimeError as error:

@@ -265,6 +265,7 @@ def check_meta(meta: Mapping[str, Any], *, tokenizer_hash: str, data_hash: str |
 def _items(state: TrainState) -> dict[str, Any]:
     """The trees of a state, by the name of their Orbax item."""
     progress = {"step": state.step, "opt_state": state.opt_state, "guard": state.guard}
+    progress |= {} if state.scale is None else {"scale": state.scale}
     return {"params": state.params, "progress": progress} | ({"average": state.average} if state.average else {})
 
 
@@ -370,7 +371,8 @@ def _target(leaf: Any, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     own_mesh = getattr(sharding, "mesh", None)
     mesh = mesh or (own_mesh if isinstance(own_mesh, Mesh) else jax.sharding.get_mesh())
     if not mesh.empty:
-        sharding = NamedSharding(mesh, getattr(sharding, "spec", PartitionSpec()))
+        kind = getattr(sharding, "memory_kind", None)  # moments may wait in host memory
+        sharding = NamedSharding(mesh, getattr(sharding, "spec", PartitionSpec()), memory_kind=kind)
     elif not isinstance(sharding, SingleDeviceSharding):
         sharding = SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -34,9 +34,11 @@ def sum_shares(tree: Any) -> Any:
 def make_loss_and_grad(model: Any, loss: LossFn, *, num_microbatches: int, gradient_specs: Any = None) -> Callable:
     """(params, frozen, batch, key) -> (LossOutput, gradients): global sums, gradients float32 and not yet divided.
 
-    Gradients are laid out, and added up over microbatches, as `gradient_specs` say; by default like the parameters.
+    A further argument scales the loss that is differentiated, for float16; gradients come as if it did not. They are
+    laid out, and added up over microbatches, as `gradient_specs` say; by default like the parameters.
     """
-    def apply(params: Params, frozen: Params, batch: Mapping[str, jax.Array], key: jax.Array) -> tuple:
+    def apply(params: Params, frozen: Params, batch: Mapping[str, jax.Array], key: jax.Array,
+              scale: jax.Array | None = None) -> tuple:
         specs = leaf_specs(params)
         wanted = specs if gradient_specs is None else gradient_specs
 
@@ -44,28 +46,32 @@ def make_loss_and_grad(model: Any, loss: LossFn, *, num_microbatches: int, gradi
             return jax.tree.map(lambda grad, spec, target: collectives.scatter_gradient(grad, spec, wanted=target),
                                 grads, specs, wanted)
 
-        def summed(params: Params, frozen: Params, batch: Mapping[str, jax.Array], key: jax.Array) -> tuple:
-            micro = _micro(model, loss, frozen, key, scatter)
+        def summed(params: Params, frozen: Params, batch: Mapping[str, jax.Array], key: jax.Array,
+                   scale: jax.Array | None) -> tuple:
+            micro = _micro(model, loss, frozen, key, scatter, scale=scale)
             # Stages work on all microbatches in one pass.
             passes = num_microbatches if collectives.manual_size("stage") == 1 else 1
             out, grads = _accumulate(micro, params, batch, num_microbatches=passes)
             return sum_shares(out), jax.tree.map(collectives.sum_gradient, grads, wanted)
 
-        return jax.shard_map(summed, in_specs=(specs, leaf_specs(frozen), batch_specs(batch), PartitionSpec()),
-                             out_specs=(PartitionSpec(), wanted), check_vma=False)(params, frozen, batch, key)
+        one = PartitionSpec()
+        return jax.shard_map(summed, in_specs=(specs, leaf_specs(frozen), batch_specs(batch), one, one),
+                             out_specs=(one, wanted), check_vma=False)(params, frozen, batch, key, scale)
 
     return apply
 
 
-def _micro(model: Any, loss: LossFn, frozen: Params, key: jax.Array, reduce: Reduce) -> Callable:
+def _micro(model: Any, loss: LossFn, frozen: Params, key: jax.Array, reduce: Reduce, *,
+           scale: jax.Array | None) -> Callable:
     """(params, batch) -> (LossOutput, gradients) of one microbatch; noise is told apart by token, not by microbatch."""
     def micro(params: Params, batch: Mapping[str, jax.Array]) -> tuple[LossOutput, Params]:
         def scalar(params: Params) -> tuple[jax.Array, LossOutput]:
             out = loss(model, params, frozen, batch, key)
-            return out.loss_sum, out
+            return out.loss_sum if scale is None else out.loss_sum * scale, out
 
         (_, out), grads = jax.value_and_grad(scalar, has_aux=True)(params)
-        return out, reduce(grads)
+        grads = reduce(grads)
+        return out, grads if scale is None else jax.tree.map(lambda grad: grad / scale, grads)
 
     return micro
 

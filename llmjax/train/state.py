@@ -1,4 +1,4 @@
-"""Everything a run carries from step to step."""
+"""Everything a run carries from step to step, and where it waits."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.core.axes import LAYOUTS
 from llmjax.core.sections import GuardConfig
 from llmjax.core.task import Params
 from llmjax.models.decoder import Model
 from llmjax.optim.skip import SkipState, init_skip
+from llmjax.train.precision import LossScale, init_scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +27,10 @@ class TrainState:
     opt_state: Any
     guard: SkipState
     average: Params = dataclasses.field(default_factory=dict)  # laid out like the moments; empty: none is kept
+    scale: LossScale | None = None  # of a loss in float16
 
 
-jax.tree_util.register_dataclass(TrainState, data_fields=["step", "params", "opt_state", "guard", "average"],
+jax.tree_util.register_dataclass(TrainState, data_fields=["step", "params", "opt_state", "guard", "average", "scale"],
                                  meta_fields=[])
 
 
@@ -39,12 +41,38 @@ class Placement:
     params: Any
     gradients: Any
     optimizer: Any
+    memory: Literal["device", "host"] = "device"  # of the moments between updates
 
 
-def placement_of(model: Model, shard: str) -> Placement:
-    """The placement that mesh.shard names."""
+def placement_of(model: Model, shard: str, *, memory: Literal["device", "host"] = "device") -> Placement:
+    """The placement that mesh.shard and optim.memory name."""
     layout = LAYOUTS[shard]
-    return Placement(model.specs(layout.params), model.specs(layout.gradients), model.specs(layout.optimizer))
+    return Placement(model.specs(layout.params), model.specs(layout.gradients), model.specs(layout.optimizer), memory)
+
+
+def fetch(moments: Any, placement: Placement | None) -> Any:
+    """The optimiser's state where it is computed with."""
+    return _moved(moments, jax.memory.Space.Device) if placement and placement.memory == "host" else moments
+
+
+def put_away(moments: Any, placement: Placement | None) -> Any:
+    """The optimiser's state where it waits for the next update (Ren et al. 2021, ZeRO-Offload, but updated on chip).
+
+    Host memory and no further: a compiled step cannot wait for a disk, and hosts of TPUs come without fast ones.
+    """
+    return _moved(moments, jax.memory.Space.Host) if placement and placement.memory == "host" else moments
+
+
+def _moved(moments: Any, space: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, moments)
+
+
+def on_host(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """The struct of a moment that waits in host memory; jax's abstract evaluation does not tell memories apart."""
+    if not leaf.ndim:
+        return leaf
+    sharding = NamedSharding(mesh, leaf.sharding.spec, memory_kind="pinned_host")
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def place(params: Params, specs: Any) -> Params:
@@ -57,12 +85,14 @@ def _place(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, guard: GuardConfig = GuardConfig(), *,
-               placement: Placement | None = None, ema_decay: float = 0.0) -> TrainState:
+               placement: Placement | None = None, ema_decay: float = 0.0,
+               compute_dtype: str = "float32") -> TrainState:
     """The state before the first step; run under `jax.jit` and the mesh, moments inherit the shardings."""
     as_moments = place(params, placement and placement.optimizer)
     return TrainState(step=jnp.zeros((), jnp.int32), params=place(params, placement and placement.params),
-                      opt_state=optimizer.init(as_moments), guard=init_skip(guard),
-                      average=jax.tree.map(jnp.copy, as_moments) if ema_decay else {})
+                      opt_state=put_away(optimizer.init(as_moments), placement), guard=init_skip(guard),
+                      average=jax.tree.map(jnp.copy, as_moments) if ema_decay else {},
+                      scale=init_scale(compute_dtype))
 
 
 def averaged(state: TrainState, params: Params, *, decay: float) -> Params:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,15 @@ from jax.sharding import PartitionSpec
 from llmjax.core.sections import GuardConfig
 from llmjax.core.task import LossFn, LossOutput, Params
 from llmjax.optim.build import clip_by_global_norm
+from llmjax.optim.precision import round_like
 from llmjax.optim.skip import judge, keep_if
+from llmjax.train import precision
 from llmjax.train.batch import batch_specs
 from llmjax.train.gradients import leaf_specs, make_loss_and_grad, sum_shares
 from llmjax.train.monitors import group_norms
-from llmjax.train.state import Placement, TrainState, averaged, place
+from llmjax.train.state import Placement, TrainState, averaged, fetch, place, put_away
+
+ROUNDING_STREAM = 1 << 20  # of a step's randomness, beside those that the model draws from
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[[TrainState, Params, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
@@ -41,6 +45,7 @@ class StepSettings:
     guard: GuardConfig = GuardConfig()
     ema_decay: float = 0.0  # of the weights' moving average; 0: there is none
     placement: Placement | None = None  # None: all of the state is laid out like the parameters
+    rounding: Literal["nearest", "stochastic"] = "nearest"  # of parameters kept in bfloat16
 
 
 def make_train_step(model: Any, loss: LossFn, optimizer: optax.GradientTransformation, *,
@@ -66,7 +71,7 @@ def make_gradients(model: Any, loss: LossFn, *, settings: StepSettings) -> Gradi
 
     def gradients(state: TrainState, frozen: Params, batch: Mapping[str, jax.Array]) -> tuple[LossOutput, Params]:
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
-        return loss_and_grad(state.params, frozen, batch, key)
+        return loss_and_grad(state.params, frozen, batch, key, state.scale and state.scale.scale)
 
     return gradients
 
@@ -82,12 +87,13 @@ def make_update(model: Any, optimizer: optax.GradientTransformation, *, settings
         verdict = judge(state.guard, settings.guard, loss=out.loss_sum, grad_norm=grad_norm)
         grads = clip_by_global_norm(grads, grad_norm, max_norm=settings.clip_norm)
         params = place(state.params, placement and placement.optimizer)
-        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        moments = fetch(state.opt_state, placement)
+        updates, opt_state = optimizer.update(grads, moments, params)
         updates = jax.tree.map(lambda update: update * state.guard.rate_scale.astype(update.dtype), updates)
-        moved = model.moved(optax.apply_updates(params, updates), out.loads)
+        moved = model.moved(_applied(params, updates, step=state.step, settings=settings), out.loads)
         average = averaged(state, moved, decay=settings.ema_decay)
         stepped = (place(moved, placement and placement.params), opt_state, average)
-        params, opt_state, average = keep_if(verdict.accept, stepped, (state.params, state.opt_state, state.average))
+        params, opt_state, average = keep_if(verdict.accept, stepped, (state.params, moments, state.average))
         # The optimiser counts accepted steps, and so its schedule does.
         rate = jnp.asarray(settings.schedule(state.guard.accepted), jnp.float32) * state.guard.rate_scale
         metrics = {"loss": out.loss_sum / weight, "grad_norm": grad_norm, "grad_norm_median": verdict.median,
@@ -95,9 +101,23 @@ def make_update(model: Any, optimizer: optax.GradientTransformation, *, settings
         metrics |= {name: value / weight for name, value in out.metrics.items()}
         if settings.guard.monitors == "full":
             metrics |= group_norms("gradient", grads) | group_norms("update", updates) | group_norms("param", params)
-        return TrainState(state.step + 1, params, opt_state, verdict.state, average), metrics
+        scale = state.scale
+        if scale is not None:
+            metrics["loss_scale"] = scale.scale
+            scale = precision.after(scale, verdict.finite)
+        opt_state = put_away(opt_state, placement)
+        return TrainState(state.step + 1, params, opt_state, verdict.state, average, scale), metrics
 
     return update
+
+
+def _applied(params: Params, updates: Params, *, step: jax.Array, settings: StepSettings) -> Params:
+    """Parameters after an update, added in float32."""
+    key = None
+    if settings.rounding == "stochastic":
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), step), ROUNDING_STREAM)
+    return round_like(jax.tree.map(lambda param, update: param + update.astype(jnp.float32), params, updates), params,
+                      key=key)
 
 
 def make_eval_step(model: Any, loss: LossFn) -> Callable[[Params, Params, Mapping[str, jax.Array]], LossOutput]:

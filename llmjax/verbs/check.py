@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llmjax.core.config import load
@@ -13,7 +14,7 @@ from llmjax.core.sections import Config
 if TYPE_CHECKING:
     from llmjax.check.invariance import Row
 
-HEADINGS = ("mesh", "loss", "norm", "gradient", "of", "bytes/device", "formula", "s")
+HEADINGS = ("mesh", "loss", "norm", "gradient", "of", "routes", "bytes/device", "formula", "s")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +36,10 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = _with_vocabulary(load(args.config, overrides))
     if args.devices < 2 or args.steps < 1:
         raise ConfigError(f"--devices={args.devices} --steps={args.steps}: at least 2 devices and 1 step are needed")
-    from llmjax.core.platform import prepare
+    from llmjax.core.platform import join_processes, num_processes, prepare
 
-    prepare(args.devices)
+    prepare(args.devices // num_processes())
+    join_processes()
     import jax
 
     from llmjax.check.invariance import check
@@ -45,16 +47,22 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
     if len(jax.devices()) < args.devices:
         raise ConfigError(f"--devices={args.devices}: there are {len(jax.devices())}")
-    progress = Stages("check")
+    progress, first = Stages("check"), jax.process_index() == 0
     rows = []
-    print(_line(HEADINGS))
+    if first:
+        print(_line(HEADINGS))
     for row in check(config, jax.devices()[:args.devices], steps=args.steps, budget_seconds=args.budget,
                      progress=progress):
         progress.close()
-        print(_line(_cells(row)), "" if row.passes else "  OUT OF TOLERANCE", sep="", flush=True)
+        if first:
+            print(_line(_cells(row)), "" if row.passes else "  OUT OF TOLERANCE", sep="", flush=True)
         rows.append(row)
     progress.close()
-    return _conclude(rows, args)
+    return _conclude(rows, args, say=print if first else _nothing)
+
+
+def _nothing(*_: object) -> None:
+    """What the other processes print."""
 
 
 def _with_vocabulary(config: Config) -> Config:
@@ -65,21 +73,22 @@ def _with_vocabulary(config: Config) -> Config:
 
 def _cells(row: Row) -> tuple[str, ...]:
     return (row.mesh, f"{row.loss_difference:.1e}", f"{row.norm_difference:.1e}", f"{row.gradient_difference:.1e}",
-            row.worst_parameter, f"{row.device_bytes:,}", f"{row.formula_bytes:,}", f"{row.seconds:.0f}")
+            row.worst_parameter, f"{row.routing_difference:.1e}", f"{row.device_bytes:,}", f"{row.formula_bytes:,}",
+            f"{row.seconds:.0f}")
 
 
 def _line(cells: tuple[str, ...]) -> str:
-    mesh, loss, norm, gradient, of, held, formula, seconds = cells
-    return f"{mesh:36} {loss:>8} {norm:>8} {gradient:>8}  {of:24} {held:>12} {formula:>12} {seconds:>4}"
+    mesh, loss, norm, gradient, of, routes, held, formula, seconds = cells
+    return f"{mesh:36} {loss:>8} {norm:>8} {gradient:>8}  {of:24} {routes:>8} {held:>12} {formula:>12} {seconds:>4}"
 
 
-def _conclude(rows: list[Row], args: argparse.Namespace) -> int:
+def _conclude(rows: list[Row], args: argparse.Namespace, *, say: Callable[..., None]) -> int:
     if not rows:
         raise ConfigError(f"--devices={args.devices}: none of their meshes fits the config's sizes within --budget")
     failed = [row.mesh for row in rows if not row.passes]
-    print(f"{len(rows)} meshes, {len(failed)} out of tolerance" + (f": {'; '.join(failed)}" if failed else ""))
+    say(f"{len(rows)} meshes, {len(failed)} out of tolerance" + (f": {'; '.join(failed)}" if failed else ""))
     if args.json:
         import json
 
-        print(json.dumps({"meshes": [{**dataclasses.asdict(row), "passes": row.passes} for row in rows]}))
+        say(json.dumps({"meshes": [{**dataclasses.asdict(row), "passes": row.passes} for row in rows]}))
     return 1 if failed else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from llmjax.core.model_sections import LatentConfig
 from llmjax.core.sections import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 
 CONFIG = Config(
@@ -33,14 +34,17 @@ def sparse(**fields: Any) -> Config:
     return change(model={"moe": moe})
 
 
+LATENT = LatentConfig(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
+# All of them on packed documents, with four microbatches to a step.
 CONFIGS = {
     "dense": CONFIG,
     "tied": change(model={"embeddings": "tied"}),
     "window": attention(window=9),
     "capped": attention(softcap=5.0, sinks="learned"),
     "dropout": change(model={"dropout": 0.2}),
-    "sparse": sparse(),
-    "balanced": sparse(router_bias="balancing"),
+    "sparse": sparse(num_shared_experts=1, jitter=0.1, balance_loss=0.1, z_loss=0.01),
+    "balanced": sparse(router_bias="balancing", score="sigmoid"),
+    "latent": change(model={"latent": LATENT}),
 }
 MESHES = {
     "fsdp along a torus": MeshConfig(data=1, fsdp=8, torus="2x2x2"),
@@ -55,3 +59,13 @@ MESHES = {
     "slices": MeshConfig(slice=2, data=1, stage=2, context=2),
     "expert": MeshConfig(data=1, expert=2, fsdp=2, tensor=2),
 }
+# What every run of the tests compares, and what slow ones do: each mesh with the models that it treats apart.
+QUICK = [("dense", "ring"), ("dense", "1f1b")]
+SLOW = [
+    *(("dense", mesh) for mesh in MESHES if ("dense", mesh) not in QUICK and mesh != "expert"),
+    ("tied", "ZeRO-1"), ("tied", "gpipe"),
+    ("window", "ring"), ("capped", "ulysses"),
+    ("dropout", "all_gather"), ("dropout", "1f1b"),
+    ("sparse", "expert"), ("sparse", "1f1b"), ("sparse", "ring"), ("balanced", "expert"),
+    ("latent", "ZeRO-1"), ("latent", "gpipe"), ("latent", "ring"),
+]  # fmt: skip

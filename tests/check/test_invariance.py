@@ -14,22 +14,20 @@ from llmjax import cli
 from llmjax.check.invariance import Measured, compare, measure, synthetic_batch
 from llmjax.check.meshes import legal_meshes, name_of
 from llmjax.check.state_bytes import formula, measured
+from llmjax.core import collectives
 from llmjax.core.mesh import make_mesh
 from llmjax.core.sections import MeshConfig
 from llmjax.models.decoder import abstract_model, init_params
 from llmjax.optim.build import build_optimizer
 from llmjax.train.state import init_state, place, placement_of
-from tests.check.matrix import CONFIG, CONFIGS, MESHES, change
+from tests.check.matrix import CONFIG, CONFIGS, MESHES, QUICK, SLOW, change
 
-STEPS = 2
+STEPS = 10
 RECIPE = """
 def get_config():
     return {"model": {"vocab_size": 32, "num_layers": 1, "dim": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8,
                       "mlp_dim": 32}, "data": {"seq_len": 8, "batch_size": 2}, "optim": {"warmup_steps": 0}}
 """
-# On one row each: what is run by default. The rest of the matrix is slow.
-QUICK = [("dense", "ring"), ("dense", "1f1b")]
-SLOW = [(config, mesh) for config in CONFIGS for mesh in MESHES if (config, mesh) not in QUICK]
 
 
 @functools.cache
@@ -83,7 +81,9 @@ def test_a_gradient_that_is_off_by_a_factor_is_found() -> None:
     doubled = dataclasses.replace(right, gradients=right.gradients | {("a", "w"): np.array([2.0, -4.0])})
     row = compare(doubled, right, mesh="", seconds=0.0)
     assert not row.passes and (row.worst_parameter, row.gradient_difference) == ("a/w", 1.0)
-    for wrong in ({"losses": np.array([2.0, 1.9001])}, {"norm": 1.001}, {"device_bytes": 12}):
+    right = dataclasses.replace(right, routing={"load": np.array([3.0, 4.0])})
+    for wrong in ({"losses": np.array([2.0, 1.9001])}, {"norm": 1.001}, {"device_bytes": 12},
+                  {"routing": {"load": np.array([2.0, 5.0])}}):
         assert not compare(dataclasses.replace(right, **wrong), right, mesh="", seconds=0.0).passes
 
 
@@ -114,3 +114,20 @@ def test_the_command_exits_1_when_a_mesh_is_out_of_tolerance(
     assert "data=2" in capsys.readouterr().out.splitlines()[-1]
     wrong.clear()
     assert cli.main(command) == 0
+
+
+@pytest.mark.slow
+def test_a_planted_fault_is_found_on_the_meshes_that_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A gradient that tensor-parallel meshes get wrong by one part in a thousand."""
+    (tmp_path / "tiny.py").write_text(RECIPE)
+    right = collectives.sum_gradient
+
+    def planted(grad: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:
+        return right(grad, spec) * (1.001 if collectives.manual_size("tensor") > 1 else 1.0)
+
+    monkeypatch.setattr(collectives, "sum_gradient", planted)
+    assert cli.main(["check", f"--config={tmp_path}/tiny.py", "--devices=2", "--steps=1", "--budget=600"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("1 out of tolerance: tensor=2"), last

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import pytest
 
 from llmjax.core.errors import ConfigError
-from llmjax.core.mesh import MESH_AXES, axis_size, make_mesh, split_fsdp
+from llmjax.core.mesh import MESH_AXES, axis_size, check_fits, make_mesh, split_fsdp
 from llmjax.core.sections import AXIS_NAMES, MeshConfig
+from tests.check.matrix import CONFIG, change
 
 
 @pytest.mark.parametrize(("sizes", "torus", "parts"), [
@@ -57,3 +59,33 @@ def test_only_slice_and_stage_cross_slices(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_eight_devices() -> None:
     assert make_mesh(MeshConfig()).shape["data"] == len(jax.devices())
+
+
+WRONG: list[tuple[dict[str, dict[str, Any]], str]] = [
+    ({"mesh": {"data": 3}}, r"mesh\.data=3: sizes multiply to 3, not a fit for 8 devices; products that fit: 1, 2, 4"),
+    ({"mesh": {"data": 0}}, r"mesh\.data=0: a mesh axis is at least 1"),
+    ({"mesh": {"data": -1, "fsdp": -1}}, r"mesh\.fsdp=-1: only one axis may be -1, and mesh\.data is already"),
+    ({"mesh": {"data": 1, "tensor": 8}}, r"model\.num_heads=4: .*mesh\.tensor=8; nearest: 8"),
+    ({"mesh": {"data": 1, "expert": 8}, "moe": {"num_experts": 4}}, r"model\.moe\.num_experts=4: .*=8; nearest: 8"),
+    ({"mesh": {"data": 8}}, r"data\.batch_size=16: .*mesh\.data \* train\.accumulation=32; nearest: 32"),
+    ({"mesh": {"data": 1, "stage": 8}}, r"model\.num_layers=4: .*mesh\.stage=8; nearest: 8"),
+    ({"mesh": {"data": 4, "stage": 2, "rounds": 2}}, r"mesh\.rounds=2: mesh\.schedule=gpipe takes 1; .*circular"),
+    ({"mesh": {"data": 1, "stage": 4, "tensor": 2, "schedule": "1f1b"}, "data": {"seq_len": 12}},
+     r"data\.seq_len=12: .*mesh\.tensor \* mesh\.stage=8; nearest: 8, 16"),
+    ({"mesh": {"data": 2, "context": 4}, "data": {"seq_len": 36}},
+     r"data\.seq_len=36: .*2 \* mesh\.context=8; nearest: 32, 40"),
+    ({"mesh": {"data": 2, "context": 4, "context_method": "ulysses"}, "model": {"num_heads": 2}},
+     r"model\.num_heads=2: .*mesh\.context=4; nearest: 4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sections", "says"), WRONG)
+def test_a_wrong_mesh_is_one_line_that_names_the_field_and_what_fits(sections: dict, says: str) -> None:
+    sections = dict(sections)
+    config = change(CONFIG)
+    if moe := sections.pop("moe", None):
+        config = change(model={"moe": dataclasses.replace(config.model.moe, **moe)})
+    config = change(config, **sections)
+    with pytest.raises(ConfigError, match=says) as raised:
+        check_fits(config, make_mesh(config.mesh))
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,184 @@
+"""What recipes cost on real topologies: memory of a chip, and bytes by mesh axis and kind of collective.
+
+The figures are read from the program that the TPU compiler schedules. They stand in budgets.json beside this file;
+what costs more than 3 % above them fails. `pytest --update-golden -m tpu_compile` writes them anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from llmjax.core.config import load as load_config
+from llmjax.core.mesh import FSDP_AXES, make_mesh
+from llmjax.core.sections import Config, MeshConfig
+from llmjax.models.flops import num_params
+from llmjax.plan import topology
+from llmjax.plan.collectives import Wires
+from llmjax.plan.compile import compile_step, hbm_bytes
+from llmjax.plan.count import count_step
+from llmjax.plan.program import Program, parse
+
+ROOT = Path(__file__).parents[2]
+BUDGETS = Path(__file__).parent / "budgets.json"
+TOLERANCE = 1.03
+SMALL = 2**20  # bytes a step that nobody budgets: losses, norms, counters
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A recipe on some slices, with the overrides that fit it to them."""
+
+    recipe: str
+    topology: str
+    overrides: dict[str, str]
+    num_slices: int = 1
+
+    @property
+    def config(self) -> Config:
+        return load_config(str(ROOT / "configs" / f"{self.recipe}.py"), self.overrides)
+
+
+CASES = {
+    "v5p": Case("llama3_8b", "v5p:4x4x4", {}),
+    "v5e": Case("llama3_8b", "v5e:16x16", {"mesh.fsdp": "64", "mesh.tensor": "4", "data.batch_size": "64"}),
+    "v6e": Case("llama3_8b", "v6e:16x16", {"mesh.fsdp": "256", "data.batch_size": "256"}),
+    "slices": Case("llama3_8b", "v5p:4x4x4", {"mesh.slice": "2", "data.batch_size": "256"}, num_slices=2),
+    "small": Case("quickstart", "v5e:2x4", {"model.vocab_size": "2048", "mesh.fsdp": "4", "mesh.tensor": "2",
+                                            "data.batch_size": "8", "mesh.data": "1"}),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a step takes of a chip."""
+
+    argument: int
+    temp: int
+    moved: dict[str, int]  # bytes by kind of collective and axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A case's scheduled program, and what it costs."""
+
+    program: Program
+    wires: Wires
+    mesh: Mesh
+    cost: Cost
+
+
+@functools.cache
+def compiled(name: str) -> Compiled:
+    case = CASES[name]
+    slice_ = topology.load(case.topology, num_slices=case.num_slices)
+    step = compile_step(case.config, slice_)
+    program, wires = parse(step.executable.as_text()), Wires(step.mesh, None)
+    count = count_step(program, wires, clock=slice_.chip.clock, kernel_seconds=lambda kernel: 0.0)
+    moved: dict[str, int] = {}
+    for one in count.collectives:
+        if one.bytes >= SMALL:
+            key = f"{one.kind} {one.axis}"
+            moved[key] = moved.get(key, 0) + one.bytes
+    memory = hbm_bytes(step, slice_)
+    return Compiled(program, wires, step.mesh, Cost(memory.argument, memory.temp, dict(sorted(moved.items()))))
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_costs_no_more_than_its_budget(name: str, request: pytest.FixtureRequest) -> None:
+    cost = dataclasses.asdict(compiled(name).cost)
+    print(json.dumps(cost, indent=2))
+    budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    if request.config.getoption("--update-golden"):
+        BUDGETS.write_text(json.dumps(budgets | {name: cost}, indent=2, sort_keys=True) + "\n")
+        return
+    assert not over(cost, budgets[name])
+
+
+def over(cost: dict, budget: dict) -> dict[str, tuple[int, int]]:
+    """What costs more than its budget and 3 %: (cost, budget)."""
+    flat = [{"argument": one["argument"], "temp": one["temp"], **one["moved"]} for one in (cost, budget)]
+    return {name: (value, flat[1].get(name, 0)) for name, value in flat[0].items()
+            if value > TOLERANCE * flat[1].get(name, 0)}  # fmt: skip
+
+
+def test_three_percent_more_is_over_budget() -> None:
+    budget = {"argument": 1000, "temp": 1000, "moved": {"all-gather fsdp": 1000}}
+    assert not over({"argument": 1030, "temp": 900, "moved": {"all-gather fsdp": 1030}}, budget)
+    found = over({"argument": 1031, "temp": 900, "moved": {"all-gather fsdp": 1031, "all-reduce fsdp": 5}}, budget)
+    assert found == {"argument": (1031, 1000), "all-gather fsdp": (1031, 1000), "all-reduce fsdp": (5, 0)}
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("name", ["small", "v5p", "v5e", "slices"])
+def test_gradients_are_summed_in_float32(name: str) -> None:
+    """Whatever is summed over axes that share no heads is a gradient, a loss or a statistic."""
+    one = compiled(name)
+    dtypes: dict[str, set[str]] = {}
+    for computation in one.program.computations.values():
+        for instruction in computation:
+            if instruction.opcode.removesuffix("-start") in ("all-reduce", "reduce-scatter"):
+                transfer = one.wires.transfer(instruction, one.program)
+                axes = set(transfer.axis.split("+")) if transfer else set()
+                if axes - {"tensor"}:
+                    dtypes.setdefault(transfer.axis if transfer else "", set()).add(
+                        instruction.type.lstrip("(").split("[")[0])
+    assert dtypes and all(found <= {"f32", "s32", "u32", "pred"} for found in dtypes.values()), dtypes
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compile
+def test_gradients_are_reduce_scattered_and_only_their_shards_cross_slices() -> None:
+    one, case = compiled("slices"), CASES["slices"]
+    across = {name: size for name, size in one.cost.moved.items() if "slice" in name.split(" ")[1].split("+")}
+    assert {name.split(" ")[0] for name in across} == {"all-reduce"}, across
+    shard = 4 * num_params(case.config.model) / 64
+    assert sum(across.values()) == pytest.approx(shard, rel=0.02)
+    for axis in FSDP_AXES[:2]:
+        assert one.cost.moved[f"reduce-scatter {axis}"] > 0 and f"all-reduce {axis}" not in one.cost.moved
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(("name", "mesh"), [
+    ("v5p:4x4x4", MeshConfig(data=1, fsdp=16, tensor=4)),
+    ("v5p:4x4x4", MeshConfig(data=1, fsdp=8, context=4, tensor=2)),
+    ("v5e:16x16", MeshConfig(data=1, fsdp=64, tensor=4)), ("v6e:16x16", MeshConfig(data=1, fsdp=32, tensor=8)),
+    ("v6e:16x16", MeshConfig(data=1, stage=4, fsdp=16, tensor=4)),
+])  # fmt: skip
+def test_tensor_shards_are_neighbours(name: str, mesh: MeshConfig) -> None:
+    """Each next one is a hop away on the torus."""
+    slice_ = topology.load(name)
+    grid = make_mesh(mesh, slice_.devices).devices
+    coords = np.vectorize(lambda device: device.coords, otypes=[object])(grid)
+    lines = np.array(coords.reshape(-1, grid.shape[-1]).tolist())  # (lines, tensor, dims)
+    apart = np.abs(np.diff(lines, axis=1))
+    sizes = np.array((*slice_.dims, 1)[:3])
+    hops = np.minimum(apart, sizes - apart).sum(-1)
+    assert hops.max() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compile
+def test_memory_of_a_long_context_grows_with_the_tokens_of_a_chip() -> None:
+    """A small model over 128k tokens, sixteen chips to a row."""
+    sizes = {"model.num_layers": "4", "model.dim": "512", "model.num_heads": "4", "model.num_kv_heads": "4",
+             "model.mlp_dim": "1536", "model.vocab_size": "32768", "data.batch_size": "1", "mesh.fsdp": "1",
+             "mesh.context": "16"}  # fmt: skip
+    slice_ = topology.load("v5p:2x2x4")
+    temp = {}
+    for seq_len in (32_768, 65_536, 131_072):
+        config = load_config(str(ROOT / "configs" / "llama3_8b.py"), sizes | {"data.seq_len": str(seq_len)})
+        temp[seq_len] = hbm_bytes(compile_step(config, slice_), slice_).temp
+    print(temp)
+    first, second = temp[65_536] - temp[32_768], temp[131_072] - temp[65_536]
+    assert second == pytest.approx(2 * first, rel=0.15)  # what twice the tokens add is twice as much, not four times
+    assert temp[131_072] < 2.2 * temp[65_536]
