@@ -18,16 +18,19 @@ def num_chunks(num_tokens: int, vocab_size: int) -> int:
     return next(n for n in range(wanted, num_tokens + 1) if num_tokens % n == 0)
 
 
-def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, *, softcap: float = 0.0,
-                         smoothing: float = 0.0) -> TokenLoss:
-    """Negative log-likelihood of the targets under softmax(x w), and the log of its denominator, (T,) float32 each.
+def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, *, bias_V: jax.Array | None = None,
+                         softcap: float = 0.0, smoothing: float = 0.0) -> TokenLoss:
+    """Negative log-likelihood of targets under softmax(x w + bias), and the log of its denominator, (T,) float32 each.
 
-    With a softcap the logits are softcap tanh(x w / softcap). With `smoothing` (Szegedy et al. 2016, section 7) that
-    share of the target's weight is spread over the whole vocabulary; it takes no softcap.
+    With a softcap the logits are softcap tanh((x w + bias) / softcap). With `smoothing` (Szegedy et al. 2016, section
+    7) that share of the target's weight is spread over the whole vocabulary; it takes no softcap.
 
     Inside a manual region whose tensor axis splits the vocabulary, `w_DV` is this device's share of it, in order, and
     tokens are its own. Both outputs are differentiable with any cotangent per token.
     """
+    if bias_V is not None:  # one more feature, which is always one
+        x_TD = jnp.pad(x_TD, ((0, 0), (0, 1)), constant_values=1)
+        w_DV = jnp.concatenate([w_DV, bias_V[None]])
     loss = _plain(x_TD, w_DV, targets_T, softcap)
     if not smoothing:
         return loss

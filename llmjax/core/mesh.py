@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -120,15 +120,18 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     for path, axis in SPREAD.items():
         _check_spread(path, operator.attrgetter(path)(config), {f"mesh.{axis}": sizes[axis]})
     for axis in ("stage", "context"):
-        if config.model.multi_token and sizes[axis] > 1:
-            raise ConfigError(f"mesh.{axis}={sizes[axis]}: with model.multi_token={config.model.multi_token} 1 fits")
-    if config.model.moe.capacity_factor and sizes["context"] > 1:
-        raise ConfigError(f"mesh.context={sizes['context']}: with model.moe.capacity_factor="
-                          f"{config.model.moe.capacity_factor} a group of tokens stays together; 1 fits")
+        for reason in _whole_rows(config) if sizes[axis] > 1 else ():
+            raise ConfigError(f"mesh.{axis}={sizes[axis]}: with {reason} 1 fits")
+    for field in ("capacity_factor", "capacity"):
+        if (value := getattr(config.model.moe, field)) and sizes["context"] > 1:
+            raise ConfigError(f"mesh.context={sizes['context']}: with model.moe.{field}={value} a group of tokens is "
+                              "whole; 1 fits")
     if sizes["stage"] > 1 or config.mesh.rounds > 1:
         _check_stages(config, sizes["stage"])
     lengths = {"data.seq_len": config.data.seq_len} if not config.stages else {
         f"stages.{place}.seq_len": stage.seq_len for place, stage in enumerate(config.stages)}
+    if config.data.target_len:
+        lengths["data.target_len"] = config.data.target_len
     for path, length in lengths.items():
         _check_spread(path, length, {f"mesh.{axis}": sizes[axis] for axis in SEQUENCE_AXES})
         if sizes["context"] > 1:  # each shard holds a piece from the front and one from the back
@@ -142,6 +145,21 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     for path, size in batch_sizes.items():
         _check_spread(path, size, rows | accumulation)
         _check_spread(path, size, rows | {"mesh.stage": sizes["stage"]})
+
+
+def _whole_rows(config: Config) -> Iterator[str]:
+    """Fields that want whole rows and all layers on a device."""
+    model = config.model
+    if model.multi_token:
+        yield f"model.multi_token={model.multi_token}"
+    if model.encoder_layers:
+        yield f"model.encoder_layers={model.encoder_layers}"
+    if model.moe.every > 1:
+        yield f"model.moe.every={model.moe.every}"
+    if model.positions == "relative":
+        yield "model.positions=relative"
+    if model.attention.mask == "prefix":
+        yield "model.attention.mask=prefix"
 
 
 def _check_context(config: Config, sizes: Mapping[str, int]) -> None:

@@ -60,6 +60,12 @@ def _faults(model: ModelConfig) -> Iterator[str]:
 
 def _mask_faults(model: ModelConfig) -> Iterator[str]:
     mask = model.attention.mask
+    if model.residual == "parallel" and (model.encoder_layers or model.norm.placement == "sum"):
+        yield "residual='parallel': beside an encoder, or with model.norm.placement='sum', 'sequential' fits"
+    if model.multi_token and model.encoder_layers:
+        yield f"multi_token={model.multi_token}: beside an encoder 0 fits"
+    if model.head_transform == "dense" and model.activation in GATED:
+        yield f"activation={model.activation!r}: model.head_transform='dense' takes one that gates nothing"
     if mask == "causal":
         return
     if model.encoder_layers:
@@ -137,6 +143,8 @@ def _moe_faults(model: ModelConfig) -> Iterator[str]:
     reachable = moe.num_experts // moe.num_groups * moe.top_groups
     if moe.top_k > reachable:
         yield f"moe.top_k={moe.top_k}: at most the {reachable} experts that a token may choose from fit"
+    if moe.every > 1 and model.attention.window:
+        yield f"moe.every={moe.every}: with model.attention.window={model.attention.window} 1 fits"
     if moe.capacity and moe.capacity_factor:
         yield f"moe.capacity={moe.capacity}: with model.moe.capacity_factor={moe.capacity_factor} 0 fits"
     for field, layers in (("num_layers", model.num_layers), ("encoder_layers", model.encoder_layers)):

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from llmjax.core import tree
 from llmjax.core.model_sections import ModelConfig
 from llmjax.core.task import Params
+from llmjax.models.groups import name_of
 from llmjax.models.router import RouterSums, moved_bias
 
-# Where routers are among the parameters.
+# Where routers are among the parameters, but for what blocks that differ in turn put between.
 BLOCKS: tuple[str, ...] = ("blocks", "mlp", "router")
+ENCODER_BLOCKS: tuple[str, ...] = ("encoder", *BLOCKS)
 DEPTHS: tuple[str, ...] = ("multi_token", "block", "mlp", "router")
 
 
@@ -41,8 +43,16 @@ def auxiliary(config: ModelConfig, reports: Mapping[tuple[str, ...], RouterSums]
                for name in ("balance_loss", "z_loss", "max_load", "dropped")}
     loads: dict[tuple[str, ...], Any] = {}
     if config.moe.router_bias == "balancing":
-        loads = {(*path, "balance"): sums.load_E for path, sums in reports.items()}
+        loads = {(*_path(config, path), "balance"): sums.load_E for path, sums in reports.items()}
     return Auxiliary(loss_sum, metrics, tree.unflatten(loads))
+
+
+def _path(config: ModelConfig, path: tuple[str, ...]) -> tuple[str, ...]:
+    """Where a model has the routers of `path`: where layers differ in turn, the last of a period has one."""
+    if config.moe.every == 1 or path == DEPTHS:
+        return path
+    place = path.index("blocks") + 1
+    return (*path[:place], name_of(config.moe.every - 1), *path[place:])
 
 
 def moved(config: ModelConfig, params: Params, loads: Params) -> Params:

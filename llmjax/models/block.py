@@ -1,4 +1,4 @@
-"""One layer: attention and an MLP, each added to the residual stream.
+"""One layer: attention and an MLP, each added to the residual stream, and between them a look at a source.
 
 Letters: B batch, T time, D model width.
 """
@@ -13,7 +13,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.core.model_sections import ModelConfig, Span
-from llmjax.models.attention import Attention
+from llmjax.models.attention import Attention, CrossAttention
+from llmjax.models.cache import KVCache, SourcedCache
 from llmjax.models.inputs import BlockInputs
 from llmjax.models.layers import MLP
 from llmjax.models.noise import Noise, dropout
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 # Statistics and losses of one layer by the name of the part that has them, summed over this device's tokens.
 Aux = dict[str, Any]
 
-ATTENTION_SITE, MLP_SITE, ROUTER_SITE = range(3)  # of a layer's randomness
+ATTENTION_SITE, MLP_SITE, ROUTER_SITE, CROSS_SITE = range(4)  # of a layer's randomness
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,32 +51,51 @@ jax.tree_util.register_dataclass(LayerOutput, data_fields=["cache", "aux"], meta
 
 
 class Block(nnx.Module):
-    """x + attention(x), then x + mlp(x), normed before (Xiong et al. 2020), after, or both; or the two side by side."""
+    """x + attention(x), then x + mlp(x), normed before (Xiong et al. 2020), after, or both; or the two side by side.
+
+    With placement "sum" the norm is of the sum (Vaswani et al. 2017, section 3.1). A decoder beside an encoder attends
+    to the source between the two.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, mlp: Literal["dense", "moe"]):
         self.residual, self.scale = config.residual, config.residual_scale
         self.dropout, self.placement = config.dropout, config.norm.placement
         self.attn = make_attention(config, rngs)
+        self.reads_source = config.encoder_layers > 0
+        if self.reads_source:
+            self.cross = CrossAttention(config, rngs)
         self.mlp = make_mlp(config, rngs, kind=mlp)
-        for name in ("attn", "mlp"):
+        for name in ("attn", "cross", "mlp") if self.reads_source else ("attn", "mlp"):
             if self.placement in ("pre", "both"):
                 setattr(self, f"{name}_norm", Norm(config, rngs))
-            if self.placement in ("post", "both"):
+            if self.placement in ("post", "both", "sum"):
                 setattr(self, f"{name}_post_norm", Norm(config, rngs))
 
     def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, layer: Layer, *,
                  span: Span) -> tuple[jax.Array, LayerOutput]:
+        own, source = layer.cache, None
+        if isinstance(layer.cache, SourcedCache):
+            own, source = layer.cache.own, layer.cache.source
         normed_BTD = self._before("attn", x_BTD)
         watched: Aux = {"attention": self.attn.watch(normed_BTD, inputs, span=span)} if inputs.watch else {}
-        attended_BTD, cache = self.attn(normed_BTD, inputs, layer.cache, span=span)
+        attended_BTD, own = self.attn(normed_BTD, inputs, own, span=span)
         attended_BTD = self._after("attn", attended_BTD, inputs.noise, layer=layer.index, site=ATTENTION_SITE)
         if self.residual == "sequential":
-            x_BTD = x_BTD + attended_BTD
+            x_BTD = self._sum("attn", x_BTD, attended_BTD)
+        if self.reads_source:
+            found_BTD = self.cross.attend(self._before("cross", x_BTD), inputs, source)
+            found_BTD = self._after("cross", found_BTD, inputs.noise, layer=layer.index, site=CROSS_SITE)
+            x_BTD = self._sum("cross", x_BTD, found_BTD)
         out_BTD, aux = self._mlp(self._before("mlp", x_BTD), inputs, layer.index)
         out_BTD = self._after("mlp", out_BTD, inputs.noise, layer=layer.index, site=MLP_SITE)
         if self.residual == "parallel":
             x_BTD = x_BTD + attended_BTD
-        return x_BTD + out_BTD, LayerOutput(cache, aux | watched)
+        cache = SourcedCache(own, source) if source else own
+        return self._sum("mlp", x_BTD, out_BTD), LayerOutput(cache, aux | watched)
+
+    def source_cache(self, source_BSD: jax.Array) -> KVCache:
+        """The keys and values that cross-attention makes of a source."""
+        return self.cross.source_cache(source_BSD)
 
     def _mlp(self, x_BTD: jax.Array, inputs: BlockInputs, index: jax.Array) -> tuple[jax.Array, Aux]:
         if isinstance(self.mlp, MLP):
@@ -85,17 +105,22 @@ class Block(nnx.Module):
         return out_BTD, {"router": sums}
 
     def _before(self, sublayer: str, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD if self.placement == "post" else getattr(self, f"{sublayer}_norm")(x_BTD)
+        return x_BTD if self.placement in ("post", "sum") else getattr(self, f"{sublayer}_norm")(x_BTD)
 
     def _after(self, sublayer: str, x_BTD: jax.Array, noise: Noise | None, *, layer: jax.Array,
                site: int) -> jax.Array:
         """What a sublayer adds to the residual stream; train.remat_names knows it as attn_out or mlp_out."""
         x_BTD = checkpoint_name(x_BTD, f"{sublayer}_out")
-        if self.placement != "pre":
+        if self.placement in ("post", "both"):
             x_BTD = getattr(self, f"{sublayer}_post_norm")(x_BTD)
         if self.scale != 1.0:
             x_BTD = x_BTD * self.scale
         return dropout(x_BTD, noise.at(layer=layer, site=site), rate=self.dropout) if noise else x_BTD
+
+    def _sum(self, sublayer: str, x_BTD: jax.Array, added_BTD: jax.Array) -> jax.Array:
+        """The residual stream with what a sublayer adds."""
+        x_BTD = x_BTD + added_BTD
+        return getattr(self, f"{sublayer}_post_norm")(x_BTD) if self.placement == "sum" else x_BTD
 
 
 def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> Attention | LatentAttention:

@@ -18,6 +18,7 @@ from jax import lax
 
 from llmjax.core import collectives
 from llmjax.core.model_sections import ModelConfig, Span
+from llmjax.kernels.attention.options import Terms
 from llmjax.kernels.attention.sharpness import Sharpness
 from llmjax.models import context, rope
 from llmjax.models.attention import options
@@ -133,4 +134,4 @@ class LatentAttention(nnx.Module):
         chosen = dataclasses.replace(chosen, scale=chosen.score_scale(head_dim))  # not that of the absorbed width
         return context.attention(q, k, v, q_segment_ids_BT=inputs.q_segment_ids_BT,
                                  kv_segment_ids_BS=inputs.kv_segment_ids_BS, q_offset=inputs.q_offset, options=chosen,
-                                 method=inputs.context_method)
+                                 terms=Terms(prefix_BS=inputs.prefix_BS), method=inputs.context_method)

@@ -1,4 +1,4 @@
-"""The layers beside attention and norms: embedding, MLP, output head.
+"""The layers beside attention and norms: embedding and MLP.
 
 Letters: B batch, T time, D model width, F MLP width, V vocabulary, P positions.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,18 +44,21 @@ PLAIN: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-@functools.partial(recomputed, static_argnums=2)
-def gated(gate_BTF: jax.Array, up_BTF: jax.Array, activation: str) -> jax.Array:
-    """The activation of a gated MLP."""
-    return GATED[activation](gate_BTF, up_BTF)
+def _function(activation: str) -> Callable[..., jax.Array]:
+    return GATED.get(activation) or PLAIN[activation]
+
+
+@functools.partial(recomputed, static_argnums=1)
+def activated(inputs_BTF: tuple[jax.Array, ...], activation: str) -> jax.Array:
+    """The activation of an MLP, of a gate and what it gates or of one projection."""
+    return _function(activation)(*inputs_BTF)
 
 
 @functools.partial(recomputed, static_argnums=(2, 3))
 def _activate_and_project(inputs_BTF: tuple[jax.Array, ...], down_FD: jax.Array, activation: str,
                           matmul: Matmul) -> jax.Array:
     """activation(inputs) W_down; of the inputs alone the derivative is told, what is between them is made again."""
-    function = GATED.get(activation) or PLAIN[activation]
-    return dense(function(*inputs_BTF), down_FD, matmul=matmul)
+    return dense(_function(activation)(*inputs_BTF), down_FD, matmul=matmul)
 
 
 class MLP(nnx.Module):
@@ -91,8 +95,11 @@ class MLP(nnx.Module):
         return y_BTF + weight(getattr(self, f"{name}_bias"), self.dtype)[None, None] if self.has_bias else y_BTF
 
 
+SinusoidOrder = Literal["alternating", "halves"]
+
+
 class Embedder(nnx.Module):
-    """The token table, split over the vocabulary on tensor-parallel meshes, plus positions where they are added."""
+    """The token table, split over the vocabulary on tensor-parallel meshes, plus positions and types of tokens."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.dtype, self.scale, self.positions = config.compute_dtype, config.embedding_scale, config.positions
@@ -102,15 +109,24 @@ class Embedder(nnx.Module):
         if config.positions == "learned":
             self.position_table = param(rngs, (config.max_seq_len, config.dim), axes=("positions", "embed"), init=init,
                                         dtype=config.param_dtype)
+        self.has_types = config.token_types > 0
+        if self.has_types:
+            self.type_table = param(rngs, (config.token_types, config.dim), axes=("positions", "embed"), init=init,
+                                    dtype=config.param_dtype)
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None = None) -> jax.Array:
+        """Tokens without types are of type 0, where there are types."""
         x_BTD = self._tokens(tokens_BT)
         if self.scale != 1.0:
             x_BTD = x_BTD * self.scale
+        if self.has_types:
+            types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
+            x_BTD = x_BTD + weight(self.type_table, self.dtype)[types_BT]
         if self.positions == "learned":
             return x_BTD + weight(self.position_table, self.dtype)[positions_BT]
-        if self.positions == "sinusoidal":
-            return x_BTD + sinusoids(positions_BT, dim=x_BTD.shape[-1]).astype(x_BTD.dtype)
+        if self.positions in ("sinusoidal", "sinusoidal_halves"):
+            order: SinusoidOrder = "alternating" if self.positions == "sinusoidal" else "halves"
+            return x_BTD + sinusoids(positions_BT, dim=x_BTD.shape[-1], order=order).astype(x_BTD.dtype)
         return x_BTD
 
     def _tokens(self, tokens_BT: jax.Array) -> jax.Array:
@@ -124,16 +140,14 @@ class Embedder(nnx.Module):
         return collectives.leave_tensor(rows_BTD)  # every token is held by one shard
 
 
-def sinusoids(positions_BT: jax.Array, *, dim: int) -> jax.Array:
-    """Sines and cosines of each position, alternating (Vaswani et al. 2017, section 3.5), (B, T, dim) float32."""
+def sinusoids(positions_BT: jax.Array, *, dim: int, order: SinusoidOrder = "alternating") -> jax.Array:
+    """Sines and cosines of each position (Vaswani et al. 2017, section 3.5), (B, T, dim) float32.
+
+    The paper lets them alternate; its code has all sines before all cosines.
+    """
     rates_P = 10_000.0 ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     angles_BTP = positions_BT[:, :, None].astype(jnp.float32) * rates_P[None, None]
-    return jnp.stack([jnp.sin(angles_BTP), jnp.cos(angles_BTP)], axis=-1).reshape(*positions_BT.shape, dim)
-
-
-class Head(nnx.Module):
-    """The output projection of models whose embeddings are not tied."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.kernel = param(rngs, (config.dim, config.vocab_size), axes=("embed", "vocab"),
-                            init=nnx.initializers.normal(config.init_scale), dtype=config.param_dtype)
+    pairs = [jnp.sin(angles_BTP), jnp.cos(angles_BTP)]
+    if order == "halves":
+        return jnp.concatenate(pairs, axis=-1)
+    return jnp.stack(pairs, axis=-1).reshape(*positions_BT.shape, dim)

@@ -21,7 +21,7 @@ from flax import nnx
 from llmjax.core import collectives, exchange
 from llmjax.core.model_sections import ModelConfig
 from llmjax.kernels.grouped_matmul.api import grouped_matmul
-from llmjax.models.layers import MLP, gated
+from llmjax.models.layers import GATED, MLP, activated
 from llmjax.models.noise import Noise
 from llmjax.models.param import output_init, param, weight
 from llmjax.models.router import Router, RouterSums, Routing
@@ -42,7 +42,7 @@ class MoE(nnx.Module):
         routing = _enter(self.router(x_BTD, real_BT=real_BT, noise=noise), num_rows=x_BTD.shape[0])
         inner_BTD = collectives.enter_tensor(x_BTD)
         # The sum over experts is taken within the tensor-parallel region, where each shard holds a part of F.
-        if self.config.capacity_factor:
+        if self.config.capacity_factor or self.config.capacity:
             out_BTD, dropped = self._with_capacity(inner_BTD, routing, real_BT=collectives.enter_tensor(real_BT))
             routing = dataclasses.replace(routing, sums=dataclasses.replace(routing.sums, dropped=dropped))
         else:
@@ -84,7 +84,8 @@ class MoE(nnx.Module):
         """
         T, K, E = x_BTD.shape[1], self.config.top_k, self.config.num_experts
         S = self.config.group_size if self.config.group_size and T % self.config.group_size == 0 else T
-        C = math.ceil(S * K / E * self.config.capacity_factor)
+        C = self.config.capacity or math.ceil(S * K / E * self.config.capacity_factor)
+        C = min(C, S)  # no token comes to an expert twice
         x_GSD = x_BTD.reshape(-1, S, x_BTD.shape[-1])
         place_GSKC = places(routing.experts_NK.reshape(-1, S, K), real_BT.reshape(-1, S), num_experts=E, capacity=C)
         hit_GSKE = routing.experts_NK.reshape(-1, S, K)[..., None] == jnp.arange(E)[None, None, None]
@@ -106,30 +107,33 @@ class MoE(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Gated MLPs stacked by expert; under tensor parallelism what they return is this shard's part of the sum."""
+    """MLPs stacked by expert; under tensor parallelism what they return is this shard's part of the sum."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config, self.dtype = config, config.compute_dtype
         E, D, F = config.moe.num_experts, config.dim, expert_width(config)
         init, dtype = nnx.initializers.normal(config.init_scale), config.param_dtype
-        self.gate = param(rngs, (E, D, F), axes=("expert", "embed", "mlp"), init=init, dtype=dtype)
-        self.up = param(rngs, (E, D, F), axes=("expert", "embed", "mlp"), init=init, dtype=dtype)
+        self.inputs = ("gate", "up") if config.activation in GATED else ("up",)
+        for name in self.inputs:
+            setattr(self, name, param(rngs, (E, D, F), axes=("expert", "embed", "mlp"), init=init, dtype=dtype))
         self.down = param(rngs, (E, F, D), axes=("expert", "mlp", "embed"), init=output_init(config), dtype=dtype)
         if config.moe.bias == "all":
             zeros = nnx.initializers.zeros
-            self.gate_bias = param(rngs, (E, F), axes=("expert", "mlp"), init=zeros, dtype=dtype)
-            self.up_bias = param(rngs, (E, F), axes=("expert", "mlp"), init=zeros, dtype=dtype)
+            for name in self.inputs:
+                setattr(self, f"{name}_bias", param(rngs, (E, F), axes=("expert", "mlp"), init=zeros, dtype=dtype))
             self.down_bias = param(rngs, (E, D), axes=("expert", "embed"), init=zeros, dtype=dtype)
 
     def __call__(self, rows_RD: jax.Array, sizes_L: jax.Array) -> jax.Array:
         """Rows sorted by expert, `sizes_L` of each."""
         expert_R = _expert_of_rows(sizes_L[None], num_rows=rows_RD.shape[0])
-        gate_RF = grouped_matmul(rows_RD, weight(self.gate, self.dtype), sizes_L)
-        up_RF = grouped_matmul(rows_RD, weight(self.up, self.dtype), sizes_L)
-        if self.config.moe.bias == "all":
-            gate_RF = gate_RF + _of_rows(weight(self.gate_bias, self.dtype), expert_R)
-            up_RF = up_RF + _of_rows(weight(self.up_bias, self.dtype), expert_R)
-        out_RD = grouped_matmul(gated(gate_RF, up_RF, self.config.activation), weight(self.down, self.dtype), sizes_L)
+        inputs_RF = []
+        for name in self.inputs:
+            input_RF = grouped_matmul(rows_RD, weight(getattr(self, name), self.dtype), sizes_L)
+            if self.config.moe.bias == "all":
+                input_RF = input_RF + _of_rows(weight(getattr(self, f"{name}_bias"), self.dtype), expert_R)
+            inputs_RF.append(input_RF)
+        out_RD = grouped_matmul(activated(tuple(inputs_RF), self.config.activation), weight(self.down, self.dtype),
+                                sizes_L)
         if self.config.moe.bias == "all":  # every shard of F adds its part of the one bias
             bias_LD = weight(self.down_bias, self.dtype) / collectives.manual_size("tensor")
             out_RD = out_RD + _of_rows(bias_LD, expert_R)

@@ -19,9 +19,19 @@ from llmjax.data.interventions import Timeline
 from llmjax.data.loader import Stream, follow
 from llmjax.data.stages import open_stream, tokens_by_source
 from llmjax.kernels.cross_entropy.api import linear_cross_entropy
-from llmjax.models.auxiliary import BLOCKS, DEPTHS, auxiliary
+from llmjax.models.auxiliary import BLOCKS, DEPTHS, ENCODER_BLOCKS, auxiliary
 from llmjax.models.block import Aux
-from llmjax.models.decoder import Model, embed, finish, forward, head_kernel, look_ahead, run_stage
+from llmjax.models.decoder import (
+    Model,
+    Output,
+    embed,
+    finish,
+    forward_batch,
+    head_bias,
+    head_kernel,
+    look_ahead,
+    run_stage,
+)
 from llmjax.models.multi_token import AheadOutput
 from llmjax.models.noise import Noise
 from llmjax.models.router import RouterSums
@@ -45,11 +55,10 @@ def make_loss(config: TaskConfig, *, execution: Execution = Execution()) -> Loss
         if execution.schedule == "1f1b" and key is not None and collectives.manual_size("stage") > 1:
             own, aux = _pipelined(config, model, params, batch, noise=noise, execution=execution)
             return _with_routers(model, batch, _total(own, batch), {BLOCKS: aux["router"]} if aux else {})
-        out = forward(model, params, batch["tokens_BT"], positions_BT=batch["positions_BT"],
-                      segment_ids_BT=batch["segment_ids_BT"], noise=noise, execution=execution)
+        out = forward_batch(model, params, batch, key=key, execution=execution)
         own = _cross_entropy(config if key is not None else plain, model, params, out.hidden_BTD, batch["targets_BT"],
                              batch["weights_BT"])
-        total, reports = _total(own, batch), {BLOCKS: out.aux["router"]} if out.aux else {}
+        total, reports = _total(own, batch), _reports(batch, out)
         if key is None:
             return total
         if model.config.multi_token:
@@ -89,8 +98,8 @@ def _pipelined(config: TaskConfig, model: Model, params: Params, batch: Mapping[
 def _cross_entropy(config: TaskConfig, model: Model, params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array,
                    weights_BT: jax.Array) -> jax.Array:
     tokens = linear_cross_entropy(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), head_kernel(model, params),
-                                  targets_BT.reshape(-1), softcap=model.config.logit_softcap,
-                                  smoothing=config.label_smoothing)
+                                  targets_BT.reshape(-1), bias_V=head_bias(model, params),
+                                  softcap=model.config.logit_softcap, smoothing=config.label_smoothing)
     loss_T = tokens.nll_T + config.z_loss * jnp.square(tokens.log_z_T) if config.z_loss else tokens.nll_T
     return jnp.sum(loss_T * weights_BT.reshape(-1))
 
@@ -112,10 +121,25 @@ def _with_routers(model: Model, batch: Mapping[str, jax.Array], total: LossOutpu
         return total
     routers, metrics = auxiliary(model.config, reports), {"cross_entropy": total.loss_sum} | total.metrics
     # A sum over real tokens becomes a mean over them that weighs as much as the batch does.
-    real = collectives.sum_over(jnp.sum(batch["segment_ids_BT"] > 0, dtype=jnp.float32), collectives.SHARE_AXES)
-    share = collectives.sum_over(total.weight, collectives.SHARE_AXES) / jnp.maximum(real, 1.0)
+    real = jnp.maximum(_num_real(batch["segment_ids_BT"]), 1.0)
+    share = collectives.sum_over(total.weight, collectives.SHARE_AXES) / real
     metrics |= {name: value * share for name, value in routers.metrics.items()}
     return LossOutput(total.loss_sum + routers.loss_sum * share, total.weight, metrics, routers.loads)
+
+
+def _reports(batch: Mapping[str, jax.Array], out: Output) -> dict[tuple[str, ...], RouterSums]:
+    """What routers report by where they are; an encoder's as if it had run over as many tokens as the decoder."""
+    reports = {BLOCKS: out.aux["router"]} if out.aux else {}
+    if out.source_aux:
+        targets, sources = (_num_real(batch[f"segment_ids_{letters}"]) for letters in ("BT", "BS"))
+        reports[ENCODER_BLOCKS] = jax.tree.map(lambda x: x * targets / jnp.maximum(sources, 1.0),
+                                               out.source_aux["router"])
+    return reports
+
+
+def _num_real(segment_ids: jax.Array) -> jax.Array:
+    """Tokens of the global microbatch that are none of the padding."""
+    return collectives.sum_over(jnp.sum(segment_ids > 0, dtype=jnp.float32), collectives.SHARE_AXES)
 
 
 def make_task(config: Config, *, data: Path, workdir: Path, process_index: int = 0, process_count: int = 1) -> Task:
