@@ -15,6 +15,8 @@ from llmjax.core.errors import ConfigError
 from llmjax.core.model_sections import ModelConfig
 from llmjax.models.groups import layer_groups
 
+PLACE = re.compile(r"/place_(\d+)/")  # of layers that differ in turn (models/groups.py)
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -25,8 +27,21 @@ class Family:
     parts: tuple[Part, ...]
     rows: tuple[Row, ...]
     derived: str = ""  # pattern of tensors that folders carry although they follow from the config or from others
+    name: str = ""  # ours, where several families have one model type; else that
+    where: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)  # fields that tell these apart
+    older_names: Mapping[str, str] = dataclasses.field(default_factory=dict)  # parts of names in older folders
     prefix: str = ""  # of tensors' names, which some folders leave out
     optional: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by field: names of what it counts
+
+    @property
+    def key(self) -> str:
+        """What runs and messages call it."""
+        return self.name or self.model_type
+
+    def is_of(self, theirs: Mapping[str, Any]) -> bool:
+        """Whether a config.json is one of this family."""
+        named = self.model_type == theirs.get("model_type") or self.architecture in (theirs.get("architectures") or [])
+        return named and all(theirs.get(field) in values for field, values in self.where.items())
 
     def to_ours(self, theirs: Mapping[str, Any], *, dtype: str) -> ModelConfig:
         """The model section for a config.json; `dtype` is that of the stored weights, float16 widens to float32.
@@ -61,7 +76,8 @@ class Family:
     def rows_of(self, model: ModelConfig) -> list[Row]:
         """The rows, each knowing the number of its first layer and what its operation needs of the model."""
         first = {group.name: group.first_layer for group in layer_groups(model)} | {"multi_token": model.num_layers}
-        return [dataclasses.replace(row, first_layer=first.get(row.group, 0),
+        return [dataclasses.replace(row, first_layer=first.get(row.group, 0) + _place(row),
+                                    layer_step=model.moe.every if _in_turn(row) else 1,
                                     operation=_for_model(row.operation, model)) for row in self.rows]
 
     def without_absent(self, theirs: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -80,3 +96,13 @@ class Family:
 
 def _for_model(operation: Operation, model: ModelConfig) -> Operation:
     return operation.for_model(model) if isinstance(operation, LinearWithPairs) else operation
+
+
+def _in_turn(row: Row) -> bool:
+    """Whether the row is of layers that stand at one place of a period of them."""
+    return bool(PLACE.search(row.paths[0]))
+
+
+def _place(row: Row) -> int:
+    found = PLACE.search(row.paths[0])
+    return int(found[1]) if found else 0

@@ -51,7 +51,7 @@ def import_hf(source: Path, workdir: Path, *, mesh: jax.sharding.Mesh | None = N
         params = _convert(family, model, {name: reader.shape(name) for name in reader.names}, reader.read, mesh)
     tokenizer = _import_tokenizer(source, workdir)
     config = configs.resolve({"name": workdir.name, **sections(model)})
-    meta = {"tokenizer_hash": tokenizer.hash if tokenizer else "", "family": family.model_type,
+    meta = {"tokenizer_hash": tokenizer.hash if tokenizer else "", "family": family.key,
             "generation": _generation_ids(source, theirs)}  # fmt: skip
     save_params(workdir / "checkpoints", params, meta)
     configs.save(config, workdir)  # last: from here on the workdir is whole
@@ -123,7 +123,9 @@ def _convert(family: Family, model: ModelConfig, found: Mapping[str, Shape], rea
 
 
 def _full_name(name: str, wanted: Mapping[str, Shape], family: Family) -> str:
-    """A tensor's name with the prefix that some folders leave out."""
+    """A tensor's name as newer folders have it, with the prefix that some leave out."""
+    for older, newer in family.older_names.items():
+        name = name.replace(older, newer)
     whole = name in wanted or name.startswith(family.prefix) or name == "lm_head.weight"
     return name if whole else family.prefix + name
 

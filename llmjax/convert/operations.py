@@ -69,6 +69,14 @@ class Vector(Single):
 
 
 @dataclasses.dataclass(frozen=True)
+class LeadingOne(Single):
+    """Theirs has a dim of one in front."""
+
+    def shape(self, shape: Shape) -> Shape:
+        return (1, *shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class Linear(Single):
     """Theirs is (outputs, inputs), flat; ours begins with `num_inputs` input dims, outputs after them, heads apart."""
 

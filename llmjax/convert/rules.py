@@ -29,6 +29,7 @@ class Row:
     ours: str | tuple[str, ...]  # paths with slashes
     operation: Operation
     first_layer: int = 0  # the number that the first of our stacked layers has elsewhere
+    layer_step: int = 1  # how much larger that of each later one is
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -49,7 +50,7 @@ class Row:
         """Their names of what our tensors hold, by index into the leading dims."""
         names = {}
         for index in itertools.product(*map(range, shape[: self.num_stacked])):
-            numbers = (index[0] + self.first_layer, *index[1:]) if index else ()
+            numbers = (index[0] * self.layer_step + self.first_layer, *index[1:]) if index else ()
             name = self.theirs
             for placeholder, number in zip(STACKED, numbers, strict=False):
                 name = name.replace(placeholder, str(number))

@@ -41,7 +41,8 @@ def sentencepiece_to_json(serialised: bytes) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added_token(index, piece) for index, piece in enumerate(SPECIAL_PIECES)],
+        "added_tokens": [_added_token(index, piece.piece) for index, piece in enumerate(proto.pieces)
+                         if piece.type in (piece.CONTROL, piece.UNKNOWN)],
         "normalizer": None,
         "pre_tokenizer": cuts,
         "post_processor": _begin_with(SPECIAL_PIECES[1], 1),

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Literal
 
 Dtype = Literal["float32", "bfloat16"]
-Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu2"]
+Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu2",
+                     "silu"]
 Span = Literal["global", "local"]  # what a layer's attention reaches: the whole document, or a sliding window of it
 
 

@@ -50,9 +50,11 @@ def check_objective(config: Config) -> None:
     if objective.replace_by_mask + objective.replace_by_random > 1:
         raise ConfigError(f"task.objective.replace_by_random={objective.replace_by_random}: with "
                           f"task.objective.replace_by_mask={objective.replace_by_mask} more than 1 together")
+    for field in ("curriculum", "mix_every"):
+        if objective.name != "next_token" and (value := getattr(config.data, field)):
+            raise ConfigError(f"data.{field}={value!r}: with task.objective.name={objective.name!r} there is none")
+    if config.model.encoder_layers and config.stages:
+        raise ConfigError(f"stages: {len(config.stages)} of them: with model.encoder_layers rows have one length")
     if config.task.label_smoothing and config.model.logit_softcap:
         raise ConfigError(f"task.label_smoothing={config.task.label_smoothing}: with model.logit_softcap="
                           f"{config.model.logit_softcap} 0 fits")
-    if objective.name != "next_token" and config.data.curriculum:
-        raise ConfigError(f"data.curriculum={config.data.curriculum!r}: with task.objective.name={objective.name!r} "
-                          "'' fits")

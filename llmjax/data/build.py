@@ -45,8 +45,8 @@ _COLUMNS = ("doc_id", "id", "text", "source", "licence", "path", "author", "url"
 _INNER = {*_COLUMNS, "order", "kind", "encoding", "reason"}  # columns of curation that are not written as scores
 
 # Fields of the data section that say how documents become batches; they leave the folder as it is.
-_BATCHING = {"path", "seq_len", "batch_size", "shuffle_seed", "mixture", "temperature", "curriculum", "mix_every",
-             "mix_rate"}
+_BATCHING = {"path", "seq_len", "target_len", "batch_size", "shuffle_seed", "mixture", "temperature", "curriculum",
+             "mix_every", "mix_rate"}
 # What shapes the folder beside the config: our modules and the libraries.
 _CODE = ("registry.py", "governance.py", "read.py", "formats.py", "clean.py", "boilerplate.py", "filters.py",
          "census.py", "repeats.py", "language.py", "quality.py", "words.py", "compiled_words.py", "repetition.py",

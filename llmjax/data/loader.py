@@ -63,6 +63,12 @@ class PackedRows:
             batch["positions_BT"][place, :ends[-1]] = self._positions[:ends[-1]] - np.repeat(ends - lengths, lengths)
         return batch
 
+    def segments(self, row: int, *, ahead: int) -> list[np.ndarray]:
+        """The tokens of a row's pieces, each with `ahead` more of its document behind it."""
+        spans = self.plan.spans(np.array([row]))
+        places = zip(spans.documents.tolist(), spans.starts.tolist(), spans.lengths.tolist(), strict=True)
+        return [self.store.tokens(document, start, start + length + ahead) for document, start, length in places]
+
     def _fill(self, batch: Batch, row: int, documents: list[int], starts: list[int], ends: list[int]) -> None:
         """Write what the store holds into a row; slices are plain copies, several times faster than one gather."""
         begin = 0

@@ -12,7 +12,7 @@ length are placed by one vectorised step, which gives exactly the rows of the it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -45,6 +45,35 @@ class Spans:
         firsts = np.flatnonzero(np.r_[True, ~follows][:len(ends)])
         lasts = np.r_[firsts[1:] - 1, len(ends) - 1][:len(firsts)]
         return Spans(spans.documents[firsts], spans.starts[firsts], ends[lasts] - spans.starts[firsts])
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """What of documents becomes pieces, and how much of a row each takes."""
+
+    longest: int  # tokens of a piece; longer stretches are cut
+    ahead: int = 1  # tokens beyond a piece that are read with it: they are predicted alone
+    first: int = 0  # tokens left out at the beginning of a document
+    last: int = 0  # the same at its end
+    least: int = 1  # tokens below which a piece is left out
+    size: Callable[[np.ndarray], np.ndarray] = lambda lengths: lengths  # positions of a row, from tokens
+
+    @property
+    def table(self) -> np.ndarray:
+        """All of it as numbers: equal tables cut and pack alike."""
+        sizes = self.size(np.arange(self.longest + 1))
+        return np.r_[self.longest, self.ahead, self.first, self.last, self.least, sizes]
+
+    def spans(self, lengths: np.ndarray, documents: np.ndarray | None = None) -> Spans:
+        """All that documents (by default all), of `lengths` tokens each, give."""
+        documents = np.arange(len(lengths)) if documents is None else documents
+        left = np.asarray(lengths, np.int64) - self.ahead - self.first - self.last
+        return Spans(documents, np.full(len(documents), self.first, np.int64), np.maximum(left, 0))
+
+
+def next_token_pieces(seq_len: int) -> Pieces:
+    """Pieces of `seq_len` predictions, every prediction of a document in one."""
+    return Pieces(longest=seq_len)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +141,9 @@ def pack_plan(lengths: np.ndarray, *, seq_len: int, seed: int, method: Method = 
     return pack_spans(Spans.of_documents(lengths), seq_len=seq_len, seed=seed, method=method)
 
 
-def pack_spans(spans: Spans, *, seq_len: int, seed: int, method: Method = "first_fit") -> PackPlan:
-    """Pack stretches of documents; those longer than a row are cut.
+def pack_spans(spans: Spans, *, seq_len: int, seed: int, method: Method = "first_fit",
+               how: Pieces | None = None) -> PackPlan:
+    """Pack stretches of documents; those longer than a row (or than `how` says) are cut.
 
     `best_fit` puts a piece where it leaves the least room, `first_fit` into the first row with room. The seed decides
     which of the pieces of equal length go together and the order of the segments inside a row.
@@ -121,24 +151,26 @@ def pack_spans(spans: Spans, *, seq_len: int, seed: int, method: Method = "first
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len}: a row holds at least 1 prediction")
     rng = np.random.default_rng([seed, *b"pack"])  # the name keeps streams of one seed apart
-    pieces = _cut(spans, seq_len)
-    sizes = pieces.lengths
+    how = how or next_token_pieces(seq_len)
+    pieces = _cut(spans, how.longest)
+    pieces = pieces[pieces.lengths >= how.least]
+    sizes = how.size(pieces.lengths)
     longest_first = rng.permutation(len(sizes))
     longest_first = longest_first[np.argsort(-sizes[longest_first], kind="stable")]
     rows = np.empty(len(sizes), np.int64)
     rows[longest_first] = _place(sizes[longest_first], seq_len, method)
     order = np.lexsort((rng.random(len(sizes)), rows))  # by row, segments inside it shuffled
     row_starts = np.searchsorted(rows[order], np.arange(rows.max(initial=-1) + 2))
-    return PackPlan(pieces.documents[order], pieces.starts[order], sizes[order], row_starts, seq_len)
+    return PackPlan(pieces.documents[order], pieces.starts[order], pieces.lengths[order], row_starts, seq_len)
 
 
-def _cut(spans: Spans, seq_len: int) -> Spans:
-    """The same predictions in pieces of at most `seq_len`."""
-    counts = -(-spans.lengths // seq_len)
+def _cut(spans: Spans, longest: int) -> Spans:
+    """The same predictions in pieces of at most `longest`."""
+    counts = -(-spans.lengths // longest)
     source = np.repeat(np.arange(len(counts)), counts)
-    offsets = seq_len * (np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts))
+    offsets = longest * (np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts))
     return Spans(spans.documents[source], spans.starts[source] + offsets,
-                 np.minimum(spans.lengths[source] - offsets, seq_len))
+                 np.minimum(spans.lengths[source] - offsets, longest))
 
 
 def _place(sizes: np.ndarray, seq_len: int, method: Method) -> np.ndarray:

@@ -23,7 +23,7 @@ from llmjax.data.curriculum import document_scores, pack_in_order
 from llmjax.data.interventions import Timeline
 from llmjax.data.loader import PackedRows, Selection, Shuffled, Stream
 from llmjax.data.mixture import Ingredient, Mixture, parse_mixture, source_weights
-from llmjax.data.pack import PackPlan, Spans, join_plans, pack_plan, pack_spans
+from llmjax.data.pack import PackPlan, Pieces, Spans, join_plans, next_token_pieces, pack_spans
 from llmjax.data.plan_cache import PlanCache
 from llmjax.data.shards import TokenStore
 from llmjax.data.supply import Left, Supply
@@ -31,15 +31,18 @@ from llmjax.data.supply import Left, Supply
 Taken = tuple[int, ...]  # rows of one source taken in each of the stages so far
 
 
-def open_stream(folder: Path, data: DataConfig, stages: Sequence[StageConfig]) -> Callable[[Timeline], Stream]:
-    """The stream of a run on a data folder, once its interventions are known."""
+def open_stream(folder: Path, data: DataConfig, stages: Sequence[StageConfig],
+                pieces: Callable[[int], Pieces] = next_token_pieces) -> Callable[[Timeline], Stream]:
+    """The stream of a run on a data folder, once its interventions are known; `pieces` of rows of some length."""
     store = TokenStore.open(folder / "shards")
     if stages or data.mixture or data.curriculum:
-        depot = Depot(read_corpus(folder, store, data), data, run_stages(data, stages), plans=PlanCache.of(folder))
+        depot = Depot(read_corpus(folder, store, data), data, run_stages(data, stages), plans=PlanCache.of(folder),
+                      pieces=pieces)
         return functools.partial(Staged, depot)
+    how = pieces(data.seq_len)
     plan = PlanCache.of(folder).get(
-        lambda: pack_plan(store.lengths, seq_len=data.seq_len, seed=data.shuffle_seed), store.lengths,
-        seq_len=data.seq_len, seed=data.shuffle_seed)
+        lambda: pack_spans(how.spans(store.lengths), seq_len=data.seq_len, seed=data.shuffle_seed, how=how),
+        store.lengths, how.table, seq_len=data.seq_len, seed=data.shuffle_seed)
     return functools.partial(Shuffled, PackedRows(store, plan), data.batch_size, data.shuffle_seed)
 
 
@@ -82,8 +85,10 @@ def read_corpus(folder: Path, store: TokenStore, data: DataConfig) -> Corpus:
 class Depot:
     """Every source's supply in every stage, each packed when it is first asked for; knows nothing of interventions."""
 
-    def __init__(self, corpus: Corpus, data: DataConfig, stages: tuple[StageConfig, ...], *, plans: PlanCache):
+    def __init__(self, corpus: Corpus, data: DataConfig, stages: tuple[StageConfig, ...], *, plans: PlanCache,
+                 pieces: Callable[[int], Pieces] = next_token_pieces):
         self.corpus, self.stages, self.seed, self._plans = corpus, stages, data.shuffle_seed, plans
+        self.pieces = pieces
         self._temperature = data.temperature
         self.supply = functools.lru_cache(maxsize=None)(self._supply)
 
@@ -108,7 +113,8 @@ class Depot:
         """The rows of a source in stage number len(before), after what was taken in the stages before it."""
         left = self._left(source, before)
         documents = np.flatnonzero(self.corpus.sources == source)
-        whole = Spans.of_documents(self.corpus.store.lengths[documents], documents)
+        how = self.pieces(self.stages[len(before)].seq_len)
+        whole = how.spans(self.corpus.store.lengths[documents], documents)
         return Supply(self._pack(left.spans, len(before)), self._pack(whole, len(before)), left.epochs,
                       order="shuffled" if self.corpus.scores is None else "planned", seed=self.seed)
 
@@ -120,13 +126,14 @@ class Depot:
 
     def _pack(self, spans: Spans, stage: int) -> PackPlan:
         seq_len, scores = self.stages[stage].seq_len, self.corpus.scores
+        how = self.pieces(seq_len)
 
         def make() -> PackPlan:
             if scores is None:
-                return pack_spans(spans, seq_len=seq_len, seed=self.seed)
+                return pack_spans(spans, seq_len=seq_len, seed=self.seed, how=how)
             return pack_in_order(spans, scores, seq_len=seq_len, seed=self.seed)
 
-        return self._plans.get(make, spans.documents, spans.starts, spans.lengths, scores, seq_len=seq_len,
+        return self._plans.get(make, spans.documents, spans.starts, spans.lengths, scores, how.table, seq_len=seq_len,
                                seed=self.seed)
 
 

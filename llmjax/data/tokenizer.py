@@ -118,6 +118,10 @@ class Tokenizer:
         table = self.token_bytes
         return b"".join(table[int(i)] for i in ids)
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a special token by its name; None where there is none."""
+        return self._backend.token_to_id(token)
+
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
         """The bytes that each id stands for; empty for special tokens."""

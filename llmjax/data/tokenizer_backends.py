@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGINGFACE_FILE = "tokenizer.json"
 SPECIAL_PIECES = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0, 1, 2, 3 of our own tokenizers
+# Behind them where tokenizer.specials asks for what objectives write: masks, sentinels of spans, marks of the middle.
+OBJECTIVE_PIECES = ("<mask>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>",
+                    *(f"<extra_id_{number}>" for number in range(100)))  # fmt: skip
 SPACE_MARK = "\u2581"  # stands for a space inside SentencePiece
 
 # Characters encoded alone because SentencePiece or `tokenizers` would read them as something else: a real U+2581 (the
 # mark of a space, written as bytes instead), and the first one of what looks like a control or a byte piece.
-_ALONE = r"\u2581|<(?=(?:pad|s|/s|unk|0x[0-9A-F]{2})>)"
+_ALONE = r"\u2581|<(?=(?:pad|s|/s|unk|mask|fim_(?:pre|suf)fix|fim_middle|extra_id_\d\d?|0x[0-9A-F]{2})>)"
 
 # Where text is cut before it is encoded. Unigram models search for the best sum of scores, in float32 here and in
 # float64 there: over at most 1024 characters the sums are exact in both (see `tokenizer_train`).

@@ -20,7 +20,7 @@ from typing import Any
 from llmjax.core.errors import ConfigError, LlmjaxError, RunError
 from llmjax.core.sections import TokenizerConfig
 from llmjax.data import byte_level
-from llmjax.data.tokenizer_backends import SPECIAL_PIECES
+from llmjax.data.tokenizer_backends import OBJECTIVE_PIECES, SPECIAL_PIECES
 
 _STAND_INS = {" ": "\ue000", "\n": "\ue001", "\t": "\ue002"}
 _TO_STAND_INS = str.maketrans(_STAND_INS)
@@ -53,7 +53,8 @@ def train_byte_level(texts: Iterable[str], config: TokenizerConfig) -> bytes:
     """A `tokenizer.json` of byte-level BPE (Radford et al., 2019): every byte is a piece, so nothing is unknown."""
     import tokenizers
 
-    least = len(SPECIAL_PIECES) + 256
+    pieces = special_pieces(config)
+    least = len(pieces) + 256
     if config.vocab_size < least:
         raise ConfigError(f"tokenizer.vocab_size={config.vocab_size}: at least {least} is needed, for every byte")
     picked = sorted(sample(texts, max_chars=config.train_bytes))
@@ -65,15 +66,20 @@ def train_byte_level(texts: Iterable[str], config: TokenizerConfig) -> bytes:
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=config.vocab_size, special_tokens=list(SPECIAL_PIECES), show_progress=False, min_frequency=2,
+        vocab_size=config.vocab_size, special_tokens=list(pieces), show_progress=False, min_frequency=2,
         initial_alphabet=byte_level.byte_characters(),
     )  # fmt: skip
     tokenizer.train_from_iterator(picked, trainer)
     vocab = json.loads(tokenizer.to_str())["model"]["vocab"]
-    ranks = {byte_level.to_bytes(piece): rank for piece, rank in vocab.items() if rank >= len(SPECIAL_PIECES)}
-    specials = {piece: index for index, piece in enumerate(SPECIAL_PIECES)}
+    ranks = {byte_level.to_bytes(piece): rank for piece, rank in vocab.items() if rank >= len(pieces)}
+    specials = {piece: index for index, piece in enumerate(pieces)}
     definition = byte_level.definition(ranks, pattern=byte_level.WORD_PATTERN, specials=specials)
     return json.dumps(definition, ensure_ascii=False).encode()
+
+
+def special_pieces(config: TokenizerConfig) -> tuple[str, ...]:
+    """The tokens that no text spells, by their ids."""
+    return SPECIAL_PIECES + (OBJECTIVE_PIECES if config.specials == "objectives" else ())
 
 
 TRAINERS: dict[str, Callable[[Iterable[str], TokenizerConfig], bytes]] = {
@@ -140,6 +146,7 @@ def _train(words: dict[str, int], config: TokenizerConfig) -> bytes:
             bos_id=1,
             eos_id=2,
             unk_id=3,
+            control_symbols=list(special_pieces(config)[len(SPECIAL_PIECES):]),
             minloglevel=2,
         )
     except RuntimeError as error:

@@ -78,8 +78,8 @@ def block_inputs(config: ModelConfig, *, positions_BT: jax.Array, segment_ids_BT
     if prefix_BT is not None:  # slots that were filled before stand behind every new query
         blank_BS = jnp.zeros(cache.segment_ids_BS.shape, bool)
         prefix_BT = lax.dynamic_update_slice_in_dim(blank_BS, prefix_BT, cache.length, axis=1)
-    return BlockInputs(real_BT, rope, segment_ids_BT, kv_segment_ids_BS, cache.length, noise, context_method, watch, prefix_BT,
-                       source_segment_ids_BS=cache.source_segment_ids_BS)
+    return BlockInputs(real_BT, rope, segment_ids_BT, kv_segment_ids_BS, cache.length, noise, context_method, watch,
+                       prefix_BT, source_segment_ids_BS=cache.source_segment_ids_BS)
 
 
 def _prefix(config: ModelConfig, segment_ids_BT: jax.Array, prefix_BT: jax.Array | None) -> jax.Array | None:

@@ -41,6 +41,7 @@ PLAIN: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda up: jax.nn.gelu(up, approximate=True),
     "relu": jax.nn.relu,
     "relu2": lambda up: jnp.square(jax.nn.relu(up)),
+    "silu": jax.nn.silu,
 }
 
 

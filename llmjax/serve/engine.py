@@ -101,6 +101,8 @@ class Engine:
 
     def __init__(self, model: decoder.Model, params: Params, *, tokenizer: Tokenizer | None = None,
                  config: ServeConfig = ServeConfig()):
+        if model.config.attention.mask == "bidirectional":
+            raise ConfigError("model.attention.mask='bidirectional': an encoder alone continues no text")
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.params = _in_compute_precision(model, params)
         self._prefill = jax.jit(functools.partial(_prefill, model))
@@ -150,7 +152,9 @@ class Engine:
             raise ConfigError(f"prompt token {wrong} is not in the vocabulary; ids go from 0 to {size - 1}")
         if params.stop and self.tokenizer is None:
             raise ConfigError("stop texts need a tokenizer, and this workdir has none")
-        room = limit - len(prompt_ids)
+        if self.model.config.encoder_layers and request.score_prompt == "yes":
+            raise ConfigError("a prompt is the source of a model with an encoder, which gives it no probability")
+        room = limit - (1 if self.model.config.encoder_layers else len(prompt_ids))
         if room < (params.max_new_tokens or 0) or room < 0:
             raise ContextLengthError(
                 f"a prompt of {len(prompt_ids)} tokens and {params.max_new_tokens or 0} new ones exceed "
@@ -180,7 +184,7 @@ class Engine:
                                         batch_size=_power_of_two(len(requests)))
         settings = sampling.settings([request.params for request in requests], batch_size=len(length_B))
         carry = self._prefill(self.params, tokens_BP, length_B)
-        num_slots = _power_of_two(tokens_BP.shape[1] + -(-longest // STEPS) * STEPS)
+        num_slots = _power_of_two(carry.cache.segment_ids_BS.shape[1] + -(-longest // STEPS) * STEPS)
         carry = dataclasses.replace(carry, cache=self._grow(carry.cache, num_slots=num_slots))
         while any(row.left for row in rows):
             carry, sampled = self._decode(self.params, carry, settings)
@@ -239,12 +243,25 @@ def _prefill(model: decoder.Model, params: Params, tokens_BP: jax.Array, length_
     """Run the prompts, real tokens on the right; padding has segment id 0 and is never attended to."""
     B, P = tokens_BP.shape
     index_BP = jnp.arange(P)[None, :] - (P - length_B[:, None])
-    out = decoder.forward(
-        model, params, tokens_BP, positions_BT=jnp.maximum(index_BP, 0),
-        segment_ids_BT=(index_BP >= 0).astype(jnp.int32),
-        cache=cache_lib.init_cache(model.config, batch_size=B, max_len=P))
+    positions_BP, segment_ids_BP = jnp.maximum(index_BP, 0), (index_BP >= 0).astype(jnp.int32)
+    if model.config.encoder_layers:
+        source, _ = decoder.encode(model, params, tokens_BP, positions_BS=positions_BP, segment_ids_BS=segment_ids_BP)
+        return _begin(model, params, decoder.start_cache(model, params, source, max_len=1))
+    out = decoder.forward(model, params, tokens_BP, positions_BT=positions_BP, segment_ids_BT=segment_ids_BP,
+                          prefix_BT=segment_ids_BP,
+                          cache=cache_lib.init_cache(model.config, batch_size=B, max_len=P))
     assert out.cache
     return Carry(out.cache, decoder.logits(model, params, out.hidden_BTD[:, -1:])[:, 0], position_B=length_B)
+
+
+def _begin(model: decoder.Model, params: Params, cache: cache_lib.Cache) -> Carry:
+    """Run the token before the first one of each target."""
+    start_BT = jnp.full((cache.segment_ids_BS.shape[0], 1), model.config.start_id, jnp.int32)
+    out = decoder.forward(model, params, start_BT, positions_BT=jnp.zeros_like(start_BT),
+                          segment_ids_BT=jnp.ones_like(start_BT), cache=cache)
+    assert out.cache
+    logits_BV = decoder.logits(model, params, out.hidden_BTD)[:, 0]
+    return Carry(out.cache, logits_BV, position_B=jnp.ones(start_BT.shape[0], jnp.int32))
 
 
 def _decode(model: decoder.Model, params: Params, carry: Carry,

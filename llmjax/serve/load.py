@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmjax.core import config as configs
 from llmjax.core.errors import RunError
+from llmjax.core.model_sections import ModelConfig
 from llmjax.core.sections import Config
 from llmjax.core.task import Params
 from llmjax.data.tokenizer import Tokenizer
@@ -24,6 +25,17 @@ class Loaded:
     model: decoder.Model
     params: Params
     step: int
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """A text as what is continued, behind the begin token, or as a source for an encoder, before the end token."""
+        assert self.tokenizer, "text is made of tokens"
+        return prompt_ids(text, self.tokenizer, self.model.config)
+
+
+def prompt_ids(text: str, tokenizer: Tokenizer, model: ModelConfig) -> list[int]:
+    """Token ids of a prompt for a model."""
+    ids = tokenizer.encode(text)
+    return [*ids, tokenizer.eos_id] if model.encoder_layers else [tokenizer.bos_id, *ids]
 
 
 def load_workdir(workdir: Path, overrides: Mapping[str, str] | None = None) -> Loaded:

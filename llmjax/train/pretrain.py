@@ -17,6 +17,8 @@ from llmjax.core.task import Hook, LossFn, LossOutput, Params, Task
 from llmjax.data import interventions
 from llmjax.data.interventions import Timeline
 from llmjax.data.loader import Stream, follow
+from llmjax.data.objective_rows import Settings, hidden
+from llmjax.data.pack import next_token_pieces
 from llmjax.data.stages import open_stream, tokens_by_source
 from llmjax.kernels.cross_entropy.api import linear_cross_entropy
 from llmjax.models.auxiliary import BLOCKS, DEPTHS, ENCODER_BLOCKS, auxiliary
@@ -142,13 +144,19 @@ def _num_real(segment_ids: jax.Array) -> jax.Array:
     return collectives.sum_over(jnp.sum(segment_ids > 0, dtype=jnp.float32), collectives.SHARE_AXES)
 
 
-def make_task(config: Config, *, data: Path, workdir: Path, process_index: int = 0, process_count: int = 1) -> Task:
-    """Packed rows of a data folder, each target weighing one; interventions in `workdir` are heeded."""
+def make_task(config: Config, *, data: Path, workdir: Path, objective: Settings | None = None,
+              process_index: int = 0, process_count: int = 1) -> Task:
+    """Packed rows of a data folder, as the objective makes them of it; interventions in `workdir` are heeded.
+
+    Without an `objective` every token but the first is predicted from those before it, each target weighing one.
+    """
     def alarm(text: str) -> None:
         Logbook(workdir).enter("warning", text)
 
-    stream = open_stream(data, config.data, config.stages)
-    batches = functools.partial(follow, stream, workdir=workdir, process_index=process_index,
+    pieces = objective.pieces if objective else next_token_pieces
+    stream = open_stream(data, config.data, config.stages, pieces)
+    rows = hidden(stream, objective) if objective else stream
+    batches = functools.partial(follow, rows, workdir=workdir, process_index=process_index,
                                 process_count=process_count,
                                 alarm=None if config.data.curriculum else alarm)  # one drifts on purpose
     counts = Hook(config.checkpoint.every, functools.partial(source_tokens, stream, workdir))

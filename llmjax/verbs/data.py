@@ -90,6 +90,8 @@ def _summary(manifest: Manifest) -> str:
 def _show(config: Config, workdir: Path, args: argparse.Namespace) -> int:
     from llmjax.data import interventions
     from llmjax.data.build import data_folder as find_folder
+    from llmjax.data.objective_rows import settings_of
+    from llmjax.data.pack import next_token_pieces
     from llmjax.data.stages import open_stream, tokens_by_source
     from llmjax.data.tokenizer import Tokenizer
     from llmjax.data.trace import batch_segments
@@ -100,9 +102,11 @@ def _show(config: Config, workdir: Path, args: argparse.Namespace) -> int:
         raise ConfigError(f"task.name={config.task.name!r}: data show follows the packed documents of 'pretrain'")
     folder = find_folder(config.data, workdir)
     timeline = interventions.Timeline.of(interventions.read(workdir))
-    stream = open_stream(folder, config.data, config.stages)(timeline)
-    segments = batch_segments(stream, folder, step=args.step - 1)
     tokenizer = Tokenizer.load(folder)
+    objective = settings_of(config, tokenizer)
+    pieces = objective.pieces if objective else next_token_pieces
+    stream = open_stream(folder, config.data, config.stages, pieces)(timeline)
+    segments = batch_segments(stream, folder, step=args.step - 1)
     records = [_segment_record(segment, tokenizer.decode(segment.token_ids)) for segment in segments]
     for record in records:
         print("row {row}: {length:4} tokens from {start} of {id} [{source}, {licence}]".format_map(record),

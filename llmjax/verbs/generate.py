@@ -14,6 +14,7 @@ from llmjax.verbs.common import add_run_arguments, find_workdir
 if TYPE_CHECKING:
     from llmjax.data.tokenizer import Tokenizer
     from llmjax.serve.engine import Generation, Token
+    from llmjax.serve.load import Loaded
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: llmjax generate --workdir=runs/quickstart --prompt='def ' --temperature=0.8 --top-p=0.95"
     add_run_arguments(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; the begin token is put in front of it")
+    prompt.add_argument("--prompt", metavar="TEXT",
+                        help="the text to continue, behind the begin token; with an encoder, its source")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same, from a UTF-8 file")
     prompt.add_argument("--prompt-ids", metavar="1,2,3",
                         help="token ids as they are, nothing put in front; works without a tokenizer")
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
                             top_p=args.top_p, seed=args.seed)
     workdir = find_workdir(args, overrides)
     loaded = load_workdir(workdir, overrides)
-    prompt_ids = _prompt_ids(args, loaded.tokenizer, workdir)
+    prompt_ids = _prompt_ids(args, loaded, workdir)
     engine = Engine(loaded.model, loaded.params, tokenizer=loaded.tokenizer, config=loaded.config.serve)
     on_token = None if args.json else _print_text if loaded.tokenizer else _print_id
     if args.prompt is not None and not args.json:
@@ -58,15 +60,15 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     return 0
 
 
-def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer | None, workdir: Path) -> Sequence[int]:
+def _prompt_ids(args: argparse.Namespace, loaded: Loaded, workdir: Path) -> Sequence[int]:
     if args.prompt_ids is not None:
         try:
             return [int(word) for word in args.prompt_ids.split(",")]
         except ValueError:
             raise ConfigError(f"--prompt-ids={args.prompt_ids}: whole numbers between commas, as in 1,2,3") from None
-    if tokenizer is None:
+    if loaded.tokenizer is None:
         raise RunError(f"{workdir} holds no tokenizer, so it takes --prompt-ids alone")
-    return [tokenizer.bos_id, *tokenizer.encode(args.prompt if args.prompt_file is None else _read(args.prompt_file))]
+    return loaded.prompt_ids(args.prompt if args.prompt_file is None else _read(args.prompt_file))
 
 
 def _read(path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmjax.core import config as configs
 from llmjax.core.errors import ConfigError
+from llmjax.core.objective_rules import check_objective
 from llmjax.core.sections import Config
 from llmjax.verbs.common import add_run_arguments, open_run
 
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     """Train, evaluate and describe; returns the exit status."""
     config, workdir = open_run(args, overrides)
     config = _with_profile(config, args.profile)
+    if config.task.name == "pretrain" and not config.train.init_from:
+        check_objective(config)
     if _finished(workdir, config):
         print(f"{workdir} has finished its {config.train.steps:,} steps; next: {_next_command(config, workdir)}")
         print(workdir)
@@ -183,6 +186,7 @@ def _make_task(config: Config, workdir: Path, tokenizer: Tokenizer, model: Model
     import jax
 
     from llmjax.data.build import data_folder
+    from llmjax.data.objective_rows import settings_of
     from llmjax.post import dpo, sft
     from llmjax.train import pretrain
     from llmjax.train.batch import RowShare, row_share
@@ -193,7 +197,8 @@ def _make_task(config: Config, workdir: Path, tokenizer: Tokenizer, model: Model
     if config.task.name == "dpo":
         return dpo.make_task(config, workdir=workdir, tokenizer=tokenizer, reference=parent_params(), **share)
     data = data_folder(config.data, workdir)
-    task = pretrain.make_task(config, data=data, workdir=workdir, **share)
+    objective = settings_of(config, tokenizer)
+    task = pretrain.make_task(config, data=data, workdir=workdir, objective=objective, **share)
     if config.data.mix_every:
         from llmjax.train import online_mixing
 
