@@ -9,12 +9,14 @@ Letters: B batch, T time, D model width, R rates.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from llmjax.core.mesh import single_device_mesh
 from llmjax.core.sections import Config
@@ -22,8 +24,9 @@ from llmjax.core.task import Batch, Params
 from llmjax.models import decoder
 from llmjax.models.stack import Execution
 from llmjax.train import pretrain
-from llmjax.train.batch import put_batch
+from llmjax.train.batch import batch_specs, put_batch
 from llmjax.train.build import build_training
+from llmjax.train.gradients import leaf_specs
 from llmjax.train.state import TrainState
 
 TAIL_SHARE = 0.2  # of the steps, whose mean is a run's final loss: a single step is noise
@@ -50,7 +53,9 @@ def _sizes(config: Config, batch: Batch, *, steps: int, seed: int) -> dict[str, 
     trainer = _Trainer(config)
     with jax.set_mesh(trainer.mesh):
         state, placed = trainer.fresh(seed=seed), put_batch(batch)
-        look = jax.jit(lambda params, batch: _activations(trainer.model, params, batch))
+        look = jax.jit(jax.shard_map(functools.partial(_activations, trainer.model), check_vma=False,
+                                     in_specs=(leaf_specs(state.params), batch_specs(placed)),
+                                     out_specs=PartitionSpec()))
         seen = [look(state.params, placed)]
         for _ in range(steps):
             state, _ = trainer.step(state, {}, placed)

@@ -50,6 +50,8 @@ def _faults(model: ModelConfig) -> Iterator[str]:
         yield f"dim={model.dim}: there are as many sines as cosines, so it must be even"
     if model.mup.base_head_dim and not model.mup.base_width:
         yield f"mup.base_head_dim={model.mup.base_head_dim}: without model.mup.base_width 0 fits"
+    if model.norm.scale == "none" and model.attention.qk_norm != "none":
+        yield f"attention.qk_norm={model.attention.qk_norm!r}: with model.norm.scale='none' only 'none' fits"
     yield from _mask_faults(model)
     yield from _position_faults(model)
     yield from _span_faults(model)

@@ -47,7 +47,7 @@ class NormConfig:
     """Which norms there are, and where."""
 
     kind: Literal["rms", "layer"] = "rms"
-    scale: Literal["plain", "one_plus"] = "plain"  # what is stored: the scale, or its distance from one
+    scale: Literal["plain", "one_plus", "none"] = "plain"  # what is stored: the scale, or its distance from one
     bias: Literal["none", "learned"] = "none"
     placement: Literal["pre", "post", "both", "sum"] = "pre"  # before a sublayer, after it (inside the residual), both,
     # or after its sum with the residual stream

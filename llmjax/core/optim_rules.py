@@ -8,7 +8,8 @@ from llmjax.core.sections import Config
 
 AT_LEAST: dict[str, float] = {
     "optim.learning_rate": 0, "optim.adam_learning_rate": 0, "optim.warmup_steps": 0, "optim.warmup_start": 0,
-    "optim.decay_fraction": 0, "optim.end_fraction": 0, "optim.b1": 0, "optim.b2": 0, "optim.eps": 0,
+    "optim.schedule_steps": 0, "optim.decay_fraction": 0, "optim.end_fraction": 0, "optim.b1": 0, "optim.b2": 0,
+    "optim.eps": 0,
     "optim.weight_decay": 0, "optim.clip_norm": 0, "optim.muon_momentum": 0, "optim.ema_decay": 0,
 }  # fmt: skip
 AT_MOST: dict[str, float] = {

@@ -45,15 +45,21 @@ class Norm(nnx.Module):
         self.dtype = config.compute_dtype
         self.normalise, self.eps, self.stored = NORMS[config.norm.kind], config.norm_eps, config.norm.scale
         shape, dtype = (config.dim,), config.param_dtype
-        self.scale = param(rngs, shape, axes=("norm",), init=_initial_scale(config), dtype=dtype)
+        if self.stored != "none":
+            self.scale = param(rngs, shape, axes=("norm",), init=_initial_scale(config), dtype=dtype)
         self.has_bias = config.norm.bias == "learned"
         if self.has_bias:
             self.bias = param(rngs, shape, axes=("norm",), init=nnx.initializers.zeros, dtype=dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        scale_D = weight(self.scale, "float32")
-        normed_BTD = self.normalise(x_BTD, 1.0 + scale_D if self.stored == "one_plus" else scale_D, self.eps)
+        normed_BTD = self.normalise(x_BTD, self._scale(x_BTD.shape[-1]), self.eps)
         return normed_BTD + weight(self.bias, self.dtype)[None, None] if self.has_bias else normed_BTD
+
+    def _scale(self, dim: int) -> jax.Array:
+        if self.stored == "none":
+            return jnp.ones(dim, jnp.float32)
+        scale_D = weight(self.scale, "float32")
+        return 1.0 + scale_D if self.stored == "one_plus" else scale_D
 
 
 class HeadNorm(nnx.Module):

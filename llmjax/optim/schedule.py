@@ -34,6 +34,7 @@ def make_schedule(config: OptimConfig, *, steps: int, peak: float | None = None)
     with a schedule of their own that one holds.
     """
     peak = config.learning_rate if peak is None else peak
+    steps = config.schedule_steps or steps
     decay = DECAYS[config.schedule]
     warmup = config.warmup_steps
     rising = functools.partial(_rising, config=config)
