@@ -321,9 +321,10 @@ def _derive(config: Config) -> Config:
     seq_len = evaluation.seq_len or config.data.seq_len
     evaluation = dataclasses.replace(evaluation, seq_len=seq_len, stride=evaluation.stride or max(seq_len // 2, 1))
     data = objective_rules.complete_data(config.data, model=config.model, objective=config.task.objective)
+    optim_rules.check_batch_rules(config)
     stages = complete(config.stages, data, rope_theta=config.model.rope_theta)
     optim = dataclasses.replace(optim, adam_learning_rate=optim.adam_learning_rate or optim.learning_rate,
-                                pieces=tuple(rate_pieces(stages, config.data)))
+                                pieces=tuple(rate_pieces(stages, config.data, noise_tokens=optim.noise_tokens)))
     train = dataclasses.replace(config.train, steps=_total_steps(config, stages))
     return dataclasses.replace(config, data=data, eval=evaluation, optim=optim, train=train, stages=stages)
 

@@ -114,6 +114,7 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = "cosine"
     warmup_steps: int = 100
     warmup_start: float = 0.0  # share of the peak that the warm-up rises from; 1: there is no rise
+    noise_tokens: float = 0.0  # noise scale of the gradient, at which stages with batch_rule `surge` have the best rate
     schedule_steps: int = 0  # over which the schedule runs, if the run ends earlier or goes on; 0: train.steps
     decay_fraction: float = 0.2  # share of the steps in which `wsd` falls to the end rate
     end_fraction: float = 0.1  # end rate over peak rate for `cosine` and `wsd`; `linear` ends at zero

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Literal
+
+from llmjax.core.batch_rules import RULES, BatchRule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ class StageConfig:
     schedule: Literal["run", "constant", "linear", "cosine"] = "run"  # run: optim.schedule over the steps of all stages
     rate: float = 1.0  # times optim.learning_rate: the whole stage, or where `linear` and `cosine` begin
     end_rate: float = 0.0  # times optim.learning_rate: where `linear` and `cosine` end
-    batch_rule: Literal["none", "sqrt", "linear"] = "none"  # how both follow tokens a batch over those of the run's end
+    batch_rule: BatchRule = "none"  # how both follow tokens a batch over those of the run's end
 
     @property
     def steps(self) -> int:
@@ -60,15 +61,11 @@ def rope_theta_at(stages: Sequence[StageConfig], step: int, *, otherwise: float)
     return otherwise
 
 
-def rate_pieces(stages: Sequence[StageConfig], data: DataConfig) -> Iterator[RatePiece]:
-    """The learning rate of complete stages, one piece each.
-
-    `sqrt` keeps the noise of Adam's steps as it is at another batch size, `linear` that of plain gradient descent
-    (Malladi et al. 2022, "On the SDEs and scaling rules for adaptive gradient algorithms").
-    """
+def rate_pieces(stages: Sequence[StageConfig], data: DataConfig, *, noise_tokens: float) -> Iterator[RatePiece]:
+    """The learning rate of complete stages, one piece each."""
     first = 0
     for stage in stages:
-        ratio = stage.batch_size * stage.seq_len / (data.batch_size * data.seq_len)
-        scale = {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[stage.batch_rule]
+        batch, base = stage.batch_size * stage.seq_len, data.batch_size * data.seq_len
+        scale = RULES[stage.batch_rule](batch, base, noise=noise_tokens)
         yield RatePiece(first, stage.steps, stage.schedule, stage.rate * scale, stage.end_rate * scale)
         first += stage.steps
