@@ -21,21 +21,25 @@ REGENERATE = "pytest tests/test_golden.py --update-golden"
 
 
 def describe(config: Config) -> str:
-    """The flattened config, then path, shape, dtype and logical axes of each parameter."""
+    """The flattened config, then path, shape, dtype, logical axes and the optimiser's labels of each parameter."""
     lines = [f"{path} = {value!r}" for path, value in config_lib.flatten(config).items()]
     return "\n".join(lines + ["", *describe_parameters(config)]) + "\n"
 
 
 def describe_parameters(config: Config) -> list[str]:
     """One line a parameter; a run that starts from another's weights has that one's."""
+    from llmjax.core.roles import role
     from llmjax.models.decoder import abstract_model
+    from llmjax.optim.build import decay_mask, rule_of
 
     if config.train.init_from:
         return [f"parameters of {config.train.init_from}"]
     vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
     model = abstract_model(dataclasses.replace(config.model, vocab_size=vocab_size))
-    axes = flatten(model.axes)
-    return [f"{'/'.join(path)} {leaf.shape} {leaf.dtype} {axes[path]}" for path, leaf in flatten(model.shapes).items()]
+    axes, decays = flatten(model.axes), flatten(decay_mask(config.optim, model.axes))
+    return [f"{'/'.join(path)} {leaf.shape} {leaf.dtype} {axes[path]} {role(axes[path])}, "
+            f"{rule_of(config.optim, axes[path])}, {'decays' if decays[path] else 'no decay'}"
+            for path, leaf in flatten(model.shapes).items()]
 
 
 def golden_file(recipe: str) -> Path:

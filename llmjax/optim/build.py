@@ -31,7 +31,7 @@ def build_optimizer(config: OptimConfig, *, steps: int, axes: Any, width: float 
     """
     if config.name != "muon":
         return _rule(config, config.name, steps=steps, axes=axes, width=width, peak=config.learning_rate)
-    labels = map_axes(lambda names: "muon" if is_hidden_matrix(names) else "adamw", axes)
+    labels = map_axes(lambda names: rule_of(config, names), axes)
     peaks = {"muon": config.learning_rate, "adamw": config.adam_learning_rate or config.learning_rate}
     return optax.partition({name: _rule(config, name, steps=steps, axes=axes, width=width, peak=peak)
                             for name, peak in peaks.items()}, labels)
@@ -43,6 +43,11 @@ def clip_by_global_norm(grads: Any, norm: jax.Array, *, max_norm: float) -> Any:
         return grads
     scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12))
     return jax.tree.map(lambda grad: (grad * scale).astype(grad.dtype), grads)
+
+
+def rule_of(config: OptimConfig, names: AxisNames) -> str:
+    """The rule that moves a parameter with these axes: the run's, but Muon leaves to AdamW what is no hidden matrix."""
+    return "adamw" if config.name == "muon" and not is_hidden_matrix(names) else config.name
 
 
 def decay_mask(config: OptimConfig, axes: Any) -> Any:

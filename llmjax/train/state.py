@@ -91,8 +91,13 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, guard: G
     as_moments = place(params, placement and placement.optimizer)
     return TrainState(step=jnp.zeros((), jnp.int32), params=place(params, placement and placement.params),
                       opt_state=put_away(optimizer.init(as_moments), placement), guard=init_skip(guard),
-                      average=jax.tree.map(jnp.copy, as_moments) if ema_decay else {},
+                      average=jax.tree.map(_float32_copy, as_moments) if ema_decay else {},
                       scale=init_scale(compute_dtype))
+
+
+def _float32_copy(param: jax.Array) -> jax.Array:
+    """An array of its own, so that both may be donated; bfloat16 would lose what a step adds to an average."""
+    return jnp.copy(param).astype(jnp.float32)
 
 
 def averaged(state: TrainState, params: Params, *, decay: float) -> Params:
@@ -104,7 +109,7 @@ def averaged(state: TrainState, params: Params, *, decay: float) -> Params:
         return {}
     steps = state.guard.accepted.astype(jnp.float32)
     decay_now = jnp.minimum(decay, (1.0 + steps) / (10.0 + steps))
-    return jax.tree.map(lambda old, new: old + (1.0 - decay_now).astype(old.dtype) * (new - old), state.average, params)
+    return jax.tree.map(lambda old, new: old + (1.0 - decay_now) * (new - old), state.average, params)
 
 
 def chosen_weights(state: TrainState, which: Literal["last", "average"]) -> Params:
