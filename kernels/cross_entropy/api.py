@@ -9,13 +9,17 @@ from llmjax.core import collectives
 from llmjax.kernels.cross_entropy import xla
 from llmjax.kernels.cross_entropy.xla import TokenLoss
 
-CHUNK_BYTES = 128 * 2**20  # float32 logits of one chunk
+KEPT_BYTES = 128 * 2**20  # float32 logits up to here wait for the derivative, more are made again
+SLICE_BYTES = 2**30  # float32 logits of one slice of the vocabulary
+LANES = 128  # a slice is a multiple of a TPU register's width
 
 
-def num_chunks(num_tokens: int, vocab_size: int) -> int:
-    """The fewest equal chunks of tokens whose float32 logits stay below CHUNK_BYTES."""
-    wanted = min(num_tokens, -(-num_tokens * vocab_size * 4 // CHUNK_BYTES))
-    return next(n for n in range(wanted, num_tokens + 1) if num_tokens % n == 0)
+def slice_width(num_tokens: int, vocab_size: int) -> int:
+    """Columns of a slice: the fewest slices, alike but for the last, of at most SLICE_BYTES or of LANES columns."""
+    num_slices = -(-num_tokens * vocab_size * 4 // SLICE_BYTES)
+    if num_slices == 1:
+        return vocab_size
+    return max(LANES, vocab_size // num_slices // LANES * LANES)
 
 
 def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, *, bias_V: jax.Array | None = None,
@@ -41,7 +45,9 @@ def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array,
 
 def _plain(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, softcap: float) -> TokenLoss:
     x_TD, targets_T = collectives.enter_tensor(x_TD, dim=0), collectives.enter_tensor(targets_T, dim=0)
-    loss = xla.linear_cross_entropy(x_TD, w_DV, targets_T, num_chunks(x_TD.shape[0], w_DV.shape[1]), softcap)
+    num_tokens, num_local = x_TD.shape[0], w_DV.shape[1]
+    keep = num_tokens * num_local * 4 <= KEPT_BYTES
+    loss = xla.linear_cross_entropy(x_TD, w_DV, targets_T, slice_width(num_tokens, num_local), keep, softcap)
     return jax.tree.map(lambda out_T: collectives.own_share(out_T, dim=0), loss)
 
 

@@ -1,16 +1,18 @@
-"""Linear layer and cross-entropy in chunks of tokens: the logits of one chunk at a time, never all of them.
+"""Linear layer and cross-entropy a slice of the vocabulary at a time: never all the logits of all tokens.
 
-The derivative recomputes each chunk's logits (Wijmans et al. 2024 save the same memory in a kernel). The vocabulary
-may be split over the tensor axis; maximum and sum of exponentials are then taken across its shards.
+The derivative makes each slice's logits again (Wijmans et al. 2024 save the same memory in a kernel). Slices of the
+vocabulary, not of the tokens, so that each column of the weight's gradient comes out of one matmul over all tokens and
+nothing is added up in memory. Slices and the shards of a tensor axis are joined in the same way: by the maximum of
+each and its sum of exponentials.
 
-Letters: T tokens, C tokens of a chunk, D model width, V (this shard's) vocabulary.
+Letters: T tokens, D model width, V (this shard's) vocabulary, C columns of a slice, N slices.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -30,82 +32,80 @@ class TokenLoss:
 jax.tree_util.register_dataclass(TokenLoss, data_fields=["nll_T", "log_z_T"], meta_fields=[])
 
 
-def _split(num_chunks: int, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    return tuple(array.reshape(num_chunks, -1, *array.shape[1:]) for array in arrays)
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """A slice of this shard's vocabulary."""
+
+    start: int
+    stop: int
+
+    def of(self, w_DV: jax.Array) -> jax.Array:
+        return w_DV[:, self.start : self.stop]
+
+    def hits(self, targets_T: jax.Array, num_local: int) -> jax.Array:
+        """Which logit of the slice is each token's target, (T, C); none where another slice or shard holds it."""
+        first = collectives.shard_index("tensor") * num_local + self.start
+        return (targets_T - first)[:, None] == jnp.arange(self.stop - self.start)[None, :]
 
 
-def _join(chunked: Any) -> Any:
-    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), chunked)
+def slices(num_local: int, width: int) -> list[Columns]:
+    """The vocabulary in slices of `width` columns, the last one narrower."""
+    edges = [*range(0, num_local, width), num_local]
+    return [Columns(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
-def _logits(x_CD: jax.Array, w_DV: jax.Array, softcap: float) -> jax.Array:
-    logits_CV = jnp.einsum("CD,DV->CV", x_CD, w_DV, preferred_element_type=jnp.float32)
-    return softcap * jnp.tanh(logits_CV / softcap) if softcap else logits_CV
+def _logits(x_TD: jax.Array, w_DC: jax.Array, softcap: float) -> jax.Array:
+    logits_TC = jnp.einsum("TD,DC->TC", x_TD, w_DC, preferred_element_type=jnp.float32)
+    return softcap * jnp.tanh(logits_TC / softcap) if softcap else logits_TC
 
 
-def _local_targets(targets_C: jax.Array, num_local: int) -> jax.Array:
-    """Target ids counted from this shard's first; out of range where another shard holds the target."""
-    return targets_C - collectives.shard_index("tensor") * num_local
+def _join(top_NT: jax.Array, sum_NT: jax.Array, target_NT: jax.Array) -> TokenLoss:
+    """The loss of each token from its slices' maxima, sums of exponentials and target logits."""
+    top_T = collectives.max_over(jnp.max(top_NT, axis=0), "tensor")
+    sum_T = collectives.sum_over(jnp.sum(sum_NT * jnp.exp(top_NT - top_T[None]), axis=0), ("tensor",))
+    log_z_T = top_T + jnp.log(sum_T)
+    return TokenLoss(log_z_T - collectives.sum_over(jnp.sum(target_NT, axis=0), ("tensor",)), log_z_T)
 
 
-def _token_loss(logits_CV: jax.Array, targets_C: jax.Array) -> TokenLoss:
-    """The loss of each token from this shard's logits."""
-    num_local = logits_CV.shape[1]
-    top_C = collectives.max_over(jnp.max(logits_CV, axis=-1), "tensor")
-    # exponentials of float32 logits, summed in float32: the denominator spans the whole vocabulary
-    sum_C = collectives.sum_over(jnp.sum(jnp.exp(logits_CV - top_C[:, None]), axis=-1), ("tensor",))
-    local_C = _local_targets(targets_C, num_local)
-    held_C = (local_C >= 0) & (local_C < num_local)
-    picked_C = jnp.take_along_axis(logits_CV, jnp.where(held_C, local_C, 0)[:, None], axis=1)[:, 0]
-    target_C = collectives.sum_over(jnp.where(held_C, picked_C, 0.0), ("tensor",))
-    log_z_C = top_C + jnp.log(sum_C)
-    return TokenLoss(log_z_C - target_C, log_z_C)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, num_chunks: int,
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, width: int, keep: bool,
                          softcap: float = 0.0) -> TokenLoss:
-    """See `api.linear_cross_entropy`; a single chunk keeps its logits for the derivative, several recompute them."""
-    return _forward(x_TD, w_DV, targets_T, num_chunks, softcap)[0]
+    """See `api.linear_cross_entropy`; slices of `width` columns, whose logits the derivative keeps or makes again."""
+    return _forward(x_TD, w_DV, targets_T, width, keep, softcap)[0]
 
 
-def _forward(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, num_chunks: int,
+def _forward(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, width: int, keep: bool,
              softcap: float) -> tuple[TokenLoss, tuple]:
-    if num_chunks == 1:
-        logits_TV = _logits(x_TD, w_DV, softcap)
-        loss = _token_loss(logits_TV, targets_T)
-        return loss, (x_TD, w_DV, targets_T, loss.log_z_T, logits_TV)
-    chunked = _split(num_chunks, (x_TD, targets_T))
-    loss = _join(lax.map(lambda chunk: _token_loss(_logits(chunk[0], w_DV, softcap), chunk[1]), chunked))
-    return loss, (x_TD, w_DV, targets_T, loss.log_z_T, None)
+    tops, sums, found, kept = [], [], [], []
+    for columns in slices(w_DV.shape[1], width):
+        logits_TC = _logits(x_TD, columns.of(w_DV), softcap)
+        top_T = jnp.max(logits_TC, axis=-1)
+        tops.append(top_T)
+        sums.append(jnp.sum(jnp.exp(logits_TC - top_T[:, None]), axis=-1))
+        found.append(jnp.sum(jnp.where(columns.hits(targets_T, w_DV.shape[1]), logits_TC, 0.0), axis=-1))
+        kept.append(logits_TC if keep else None)
+    loss = _join(*map(jnp.stack, (tops, sums, found)))
+    return loss, (x_TD, w_DV, targets_T, loss.log_z_T, kept)
 
 
-def _backward(num_chunks: int, softcap: float, residuals: tuple,
+def _backward(width: int, keep: bool, softcap: float, residuals: tuple,
               grad: TokenLoss) -> tuple[jax.Array, jax.Array, None]:
-    x_TD, w_DV, targets_T, log_z_T, logits_TV = residuals
-
-    def chunk(logits_CV: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        x_CD, targets_C, log_z_C, dnll_C, dlog_z_C = arrays
-        p_CV = jnp.exp(logits_CV - log_z_C[:, None])
-        hit_CV = _local_targets(targets_C, w_DV.shape[1])[:, None] == jnp.arange(w_DV.shape[1])[None, :]
-        dlogits_CV = p_CV * (dnll_C + dlog_z_C)[:, None] - jnp.where(hit_CV, dnll_C[:, None], 0.0)
+    x_TD, w_DV, targets_T, log_z_T, kept = residuals
+    if not keep:  # or the compiler would find that it has made these logits before, and keep them after all
+        x_TD, w_DV = lax.optimization_barrier((x_TD, w_DV))
+    dx_TD, dw = jnp.zeros(x_TD.shape, jnp.float32), []
+    for columns, logits_TC in zip(slices(w_DV.shape[1], width), kept, strict=True):
+        w_DC = columns.of(w_DV)
+        logits_TC = logits_TC if keep else _logits(x_TD, w_DC, softcap)
+        p_TC = jnp.exp(logits_TC - log_z_T[:, None])
+        hits_TC = columns.hits(targets_T, w_DV.shape[1])
+        dlogits_TC = p_TC * (grad.nll_T + grad.log_z_T)[:, None] - jnp.where(hits_TC, grad.nll_T[:, None], 0.0)
         if softcap:
-            dlogits_CV *= 1.0 - jnp.square(logits_CV / softcap)
-        dlogits_CV = dlogits_CV.astype(x_CD.dtype)
-        dw_DV = jnp.einsum("CD,CV->DV", x_CD, dlogits_CV, preferred_element_type=jnp.float32)
-        return dw_DV, jnp.einsum("CV,DV->CD", dlogits_CV, w_DV)
-
-    def add_chunk(dw_DV: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        more_DV, dx_CD = chunk(_logits(arrays[0], w_DV, softcap), arrays)
-        return dw_DV + more_DV, dx_CD  # summed over chunks in float32
-
-    arrays = (x_TD, targets_T, log_z_T, grad.nll_T, grad.log_z_T)
-    if num_chunks == 1:
-        dw_DV, dx_TD = chunk(logits_TV, arrays)
-    else:
-        dw_DV, dx_NCD = lax.scan(add_chunk, jnp.zeros(w_DV.shape, jnp.float32), _split(num_chunks, arrays))
-        dx_TD = _join(dx_NCD)
-    return dx_TD, dw_DV.astype(w_DV.dtype), None
+            dlogits_TC *= 1.0 - jnp.square(logits_TC / softcap)
+        dlogits_TC = dlogits_TC.astype(x_TD.dtype)
+        dw.append(jnp.einsum("TD,TC->DC", x_TD, dlogits_TC, preferred_element_type=jnp.float32).astype(w_DV.dtype))
+        dx_TD += jnp.einsum("TC,DC->TD", dlogits_TC, w_DC, preferred_element_type=jnp.float32)
+    return dx_TD.astype(x_TD.dtype), jnp.concatenate(dw, axis=1), None
 
 
 linear_cross_entropy.defvjp(_forward, _backward)

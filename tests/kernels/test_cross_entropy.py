@@ -1,4 +1,4 @@
-"""Chunked linear cross-entropy against the plain reference and torch."""
+"""Sliced linear cross-entropy against the plain reference and torch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ def inputs(num_tokens: int = 24) -> tuple[jax.Array, jax.Array, jax.Array]:
             jax.random.randint(keys[2], (num_tokens,), 0, 40))
 
 
-@pytest.mark.parametrize(("num_chunks", "softcap"), [(1, 0.0), (3, 0.0), (24, 0.0), (1, 5.0), (3, 5.0)])
-def test_values_and_gradients_equal_the_reference(num_chunks: int, softcap: float) -> None:
+@pytest.mark.parametrize(("width", "keep", "softcap"), [
+    (40, True, 0.0), (40, False, 0.0), (16, False, 0.0), (1, True, 0.0), (40, True, 5.0), (16, False, 5.0)])
+def test_values_and_gradients_equal_the_reference(width: int, keep: bool, softcap: float) -> None:
     x_TD, w_DV, targets_T = inputs()
     cotangent_T = jax.random.normal(jax.random.key(1), targets_T.shape)
-    ours, pull = jax.vjp(lambda x, w: xla.linear_cross_entropy(x, w, targets_T, num_chunks, softcap).nll_T, x_TD, w_DV)
+
+    def sliced(x_TD: jax.Array, w_DV: jax.Array) -> jax.Array:
+        return xla.linear_cross_entropy(x_TD, w_DV, targets_T, width, keep, softcap).nll_T
+
+    ours, pull = jax.vjp(sliced, x_TD, w_DV)
     plain, plain_pull = jax.vjp(lambda x, w: reference.linear_cross_entropy(x, w, targets_T, softcap), x_TD, w_DV)
     np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
     for grad, wanted in zip(pull(cotangent_T), plain_pull(cotangent_T), strict=True):
@@ -71,8 +76,9 @@ def test_smoothed_labels_equal_torch_on_one_device_and_with_the_vocabulary_split
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_chunks_are_equal_and_small_enough() -> None:
-    for num_tokens, vocab_size in ((1, 10), (4096, 8192), (16384, 128256), (7, 10**9)):
-        chunks = api.num_chunks(num_tokens, vocab_size)
-        assert num_tokens % chunks == 0
-        assert chunks == num_tokens or num_tokens // chunks * vocab_size * 4 <= api.CHUNK_BYTES
+def test_slices_cover_the_vocabulary_and_are_small_enough() -> None:
+    for num_tokens, vocab_size in ((1, 10), (4096, 8192), (16_384, 128_256), (7, 10**9), (10**8, 1000)):
+        width = api.slice_width(num_tokens, vocab_size)
+        assert width <= api.LANES or num_tokens * width * 4 <= api.SLICE_BYTES
+    edges = [(columns.start, columns.stop) for columns in xla.slices(40, 16)]
+    assert edges == [(0, 16), (16, 32), (32, 40)]
