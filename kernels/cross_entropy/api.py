@@ -15,11 +15,12 @@ LANES = 128  # a slice is a multiple of a TPU register's width
 
 
 def slice_width(num_tokens: int, vocab_size: int) -> int:
-    """Columns of a slice: the fewest slices, alike but for the last, of at most SLICE_BYTES or of LANES columns."""
-    num_slices = -(-num_tokens * vocab_size * 4 // SLICE_BYTES)
-    if num_slices == 1:
+    """Columns of a slice: the fewest slices of at most SLICE_BYTES or of LANES columns, all alike but the last."""
+    most = max(LANES, SLICE_BYTES // (4 * num_tokens) // LANES * LANES)
+    if vocab_size <= most:
         return vocab_size
-    return max(LANES, vocab_size // num_slices // LANES * LANES)
+    num_slices = -(-vocab_size // most)
+    return -(-vocab_size // num_slices // LANES) * LANES
 
 
 def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, *, bias_V: jax.Array | None = None,
