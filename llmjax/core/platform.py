@@ -8,9 +8,11 @@ LLMJAX_PROCESS_ID beside it.
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib.util
 import logging
 import os
+import platform
 from pathlib import Path
 
 from llmjax.core.allocator import keep_freed_memory
@@ -50,13 +52,21 @@ def keep_compiled(folder: Path) -> None:
     Where jax is told another folder (JAX_COMPILATION_CACHE_DIR) it takes that. A file that a kill left half written
     costs one compilation: jax warns and goes on. Call it before jax is imported.
     """
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.absolute()))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.absolute() / _cpu_name()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(WORTH_KEEPING))
 
 
 def num_processes() -> int:
     """How many processes the launcher of this one names; 1 without a launcher, or where jax finds its peers itself."""
     return int(os.environ.get("LLMJAX_NUM_PROCESSES", "1"))
+
+
+def _cpu_name() -> str:
+    """What code compiled here relies on; jax would run it on a CPU that lacks some of its instructions."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text(encoding="utf-8").splitlines() if described.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
 def join_processes() -> None:
@@ -77,10 +87,10 @@ def join_processes() -> None:
 
 def detect_platforms() -> str:
     """A value for JAX_PLATFORMS; the CPU is always in it, for callbacks and host arrays."""
-    for platform, patterns in DEVICE_FILES.items():
+    for name, patterns in DEVICE_FILES.items():
         present = any(glob.glob(pattern) for pattern in patterns)
-        if present and any(importlib.util.find_spec(plugin) for plugin in PLUGINS[platform]):
-            return f"{platform},cpu"
+        if present and any(importlib.util.find_spec(plugin) for plugin in PLUGINS[name]):
+            return f"{name},cpu"
     return "cpu"
 
 

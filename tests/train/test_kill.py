@@ -138,7 +138,7 @@ def last_saved(workdir: Path) -> int:
 
 def tear_compiled(workdir: Path) -> None:
     """Cut what was compiled in half, as a kill while it is written does."""
-    entries = [path for path in (workdir / "compiled").iterdir() if path.suffix != ".lockfile"]
+    entries = [path for path in (workdir / "compiled").rglob("*") if path.is_file()]
     assert entries
     for path in entries:
         os.truncate(path, path.stat().st_size // 2)
