@@ -194,7 +194,7 @@ def drifting_shard(place: Place) -> str:
 
 
 def bucket(place: Place) -> str:
-    """A bucket that fails half of its calls, and a machine whose disk is lost."""
+    """A bucket that fails half of its calls."""
     remote = "flaky://bucket/table"
     before = Flaky.calls["failed"]
     with pytest.MonkeyPatch.context() as patch:
@@ -298,12 +298,14 @@ def test_what_happens(fault: Callable[[Place], str], tmp_path: Path) -> None:
 
 def main() -> None:
     """Plant the faults and print what happened."""
-    for fault in QUICK if "--quick" in sys.argv else (*QUICK, *SLOW):
+    chosen = QUICK if "--quick" in sys.argv else (*QUICK, *SLOW)
+    titles = [(fault.__doc__ or "").rstrip(".") for fault in chosen]
+    width = max(map(len, titles))
+    for fault, title in zip(chosen, titles, strict=True):
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             happened = fault(Place.make(Path(folder)))
-        title = (fault.__doc__ or "").rstrip(".")
-        print(f"{title:<58} {happened} ({time.monotonic() - began:.0f} s)", flush=True)
+        print(f"{title:<{width}}  {happened} ({time.monotonic() - began:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":
