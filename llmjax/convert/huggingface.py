@@ -1,24 +1,28 @@
 """Hugging Face folders, in and out: config, weights, tokenizer; which family it is, the folder or the model says.
 
 Tensors pass one row of the family's table at a time, so that beside the model itself, which may stand sharded on a
-mesh, memory holds about one of our (stacked) tensors.
+mesh, memory holds about one of our (stacked) tensors, and of that only what this process's devices need.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from llmjax.convert import rules, safetensors
 from llmjax.convert.family import Family
 from llmjax.convert.operations import Shape
+from llmjax.convert.quantised import Tensors, widened
 from llmjax.convert.registry import family_of_folder, family_of_model
+from llmjax.convert.safetensors import TensorSpec
+from llmjax.convert.shards import LocalShards
 from llmjax.convert.tokenizer import export_tokenizer
 from llmjax.core import config as configs
 from llmjax.core.errors import RunError
@@ -45,10 +49,10 @@ def import_hf(source: Path, workdir: Path, *, mesh: jax.sharding.Mesh | None = N
         raise RunError(f"{workdir} holds a run already: import into another --workdir")
     theirs = _read_json(source / "config.json")
     family = family_of_folder(theirs)
-    with safetensors.Reader(source) as reader:
-        theirs = family.without_absent(theirs, reader.names)
-        model = family.to_ours(theirs, dtype=str(reader.read(reader.names[0]).dtype))
-        params = _convert(family, model, {name: reader.shape(name) for name in reader.names}, reader.read, mesh)
+    tensors, theirs = widened(safetensors.Reader(source), theirs)
+    theirs = family.without_absent(theirs, tensors.names)
+    model = family.to_ours(theirs, dtype=_precision(tensors))
+    params = to_params(tensors, family=family, model=model, mesh=mesh)
     tokenizer = _import_tokenizer(source, workdir)
     config = configs.resolve({"name": workdir.name, **sections(model)})
     meta = {"tokenizer_hash": tokenizer.hash if tokenizer else "", "family": family.key,
@@ -85,24 +89,27 @@ def export_hf(workdir: Path, out: Path, *, shard_bytes: int = safetensors.SHARD_
     write_json(out / "config.json", family.to_theirs(config) | none | (ids or {}))
 
 
-def to_params(tensors: Mapping[str, np.ndarray], *, family: Family, model: ModelConfig,
-              mesh: jax.sharding.Mesh | None = None) -> Params:
-    """Our parameters from transformers' tensors by name, in the precision of the config.
+def to_params(tensors: Tensors, *, family: Family, model: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> Params:
+    """Our parameters from transformers' tensors, in the precision of the config.
 
     Raises:
         RunError: a tensor is missing, not known or of another shape.
     """
-    return _convert(family, model, {name: tensor.shape for name, tensor in tensors.items()}, tensors.__getitem__, mesh)
+    rows, like = family.rows_of(model), rules.flatten(abstract_model(model).abstract_params(mesh))
+    wanted = rules.their_shapes(rows, like)
+    stored = {_full_name(name, wanted, family): name for name in tensors.names}
+    rules.check_consumed(wanted, {name: tensors.spec(own).shape for name, own in stored.items()
+                                  if name in wanted or not family.is_derived(name, model)})
+    filled = rules.to_ours(rows, like, read=lambda name: tensors.read(stored[name]), hold=LocalShards)
+    return rules.unflatten((path, shards.put()) for path, shards in filled)
 
 
 def write_params(out: Path, params: Params, *, family: Family, model: ModelConfig,
                  shard_bytes: int = safetensors.SHARD_BYTES) -> None:
-    """Our parameters as safetensors under transformers' names, in the precision they have."""
+    """Our parameters as safetensors under transformers' names, each in the precision that it has."""
     rows, leaves = family.rows_of(model), rules.flatten(params)
-    dtype = leaves["embedder/table"].dtype
-    specs = [safetensors.TensorSpec(name, shape, dtype) for name, shape in rules.their_shapes(rows, leaves).items()]
     tensors = (tensor for _, tensor in rules.to_theirs(rows, leaves))
-    safetensors.write_folder(out, specs, tensors, shard_bytes=shard_bytes)
+    safetensors.write_folder(out, list(_specs(rows, leaves)), tensors, shard_bytes=shard_bytes)
 
 
 def sections(model: ModelConfig) -> dict[str, Any]:
@@ -111,15 +118,20 @@ def sections(model: ModelConfig) -> dict[str, Any]:
     return {"model": dataclasses.asdict(model), "data": {"seq_len": seq_len}}
 
 
-def _convert(family: Family, model: ModelConfig, found: Mapping[str, Shape], read: Callable[[str], np.ndarray],
-             mesh: jax.sharding.Mesh | None) -> Params:
-    rows, like = family.rows_of(model), rules.flatten(abstract_model(model).abstract_params(mesh))
-    wanted = rules.their_shapes(rows, like)
-    stored = {_full_name(name, wanted, family): name for name in found}
-    rules.check_consumed(wanted, {name: found[own] for name, own in stored.items()
-                                  if name in wanted or not family.is_derived(name, model)})
-    tensors = rules.to_ours(rows, like, read=lambda name: read(stored[name]))
-    return rules.unflatten((path, jax.device_put(tensor, like[path].sharding)) for path, tensor in tensors)
+def _precision(tensors: Tensors) -> str:
+    """The dtype that most of the weights have."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for spec in map(tensors.spec, tensors.names):
+        sizes[spec.dtype.name] += math.prod(spec.shape)
+    return sizes.most_common(1)[0][0]
+
+
+def _specs(rows: Sequence[rules.Row], leaves: Mapping[str, Any]) -> Iterator[TensorSpec]:
+    """What the files are to hold, in the order of the table."""
+    for row in rules.select(rows, leaves):
+        own = {path: leaves[path] for path in row.paths}
+        dtype = own[row.paths[0]].dtype
+        yield from (TensorSpec(name, shape, dtype) for name, shape in rules.their_shapes([row], own).items())
 
 
 def _full_name(name: str, wanted: Mapping[str, Shape], family: Family) -> str:

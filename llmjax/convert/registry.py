@@ -7,7 +7,8 @@ from typing import Any
 
 from llmjax.convert.families.bert import BERT
 from llmjax.convert.families.bloom import BLOOM
-from llmjax.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from llmjax.convert.families.deepseek_v2 import DEEPSEEK_V2
+from llmjax.convert.families.deepseek_v3 import DEEPSEEK_V3
 from llmjax.convert.families.gemma import GEMMA2, GEMMA3
 from llmjax.convert.families.gpt2 import GPT2
 from llmjax.convert.families.gpt_neox import GPT_NEOX
@@ -15,10 +16,12 @@ from llmjax.convert.families.gpt_oss import GPT_OSS
 from llmjax.convert.families.llama import LLAMA
 from llmjax.convert.families.marian import MARIAN
 from llmjax.convert.families.mistral import MISTRAL
-from llmjax.convert.families.mixtral import MIXTRAL, OLMOE, QWEN3_MOE
+from llmjax.convert.families.mixtral import MIXTRAL
 from llmjax.convert.families.mpt import MPT
 from llmjax.convert.families.olmo import OLMO2, OLMO3
+from llmjax.convert.families.olmoe import OLMOE
 from llmjax.convert.families.qwen import QWEN2, QWEN3
+from llmjax.convert.families.qwen_moe import QWEN3_MOE
 from llmjax.convert.families.t5 import SWITCH, T5, T5_V1_1
 from llmjax.convert.family import Family
 from llmjax.core.errors import ConfigError

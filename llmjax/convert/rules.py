@@ -62,12 +62,19 @@ class Row:
         return self.operation.their_shape([shape[self.num_stacked :] for shape in shapes])
 
 
-def to_ours(
-    rows: Sequence[Row], like: Mapping[str, Any], *, read: Callable[[str], np.ndarray]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Our tensors by path, one row at a time, filled from theirs, in the shapes and dtypes of `like`."""
+def whole(like: Any) -> np.ndarray:
+    """An array on the host, to be filled."""
+    return np.empty(like.shape, like.dtype)
+
+
+def to_ours(rows: Sequence[Row], like: Mapping[str, Any], *, read: Callable[[str], np.ndarray],
+            hold: Callable[[Any], Any] = whole) -> Iterator[tuple[str, Any]]:
+    """Our tensors by path, one row at a time, filled from theirs, in the shapes and dtypes of `like`.
+
+    `hold` makes what is filled: it has a shape and takes pieces behind leading indices.
+    """
     for row in select(rows, like):
-        out = {path: np.empty(like[path].shape, like[path].dtype) for path in row.paths}
+        out = {path: hold(like[path]) for path in row.paths}
         shapes = [tensor.shape[row.num_stacked :] for tensor in out.values()]
         for index, name in row.names(next(iter(out.values())).shape).items():
             pieces = row.operation.to_ours(read(name), shapes)

@@ -1,19 +1,19 @@
-"""Folders of safetensors files: read memory-mapped by the library, written one tensor at a time.
+"""Folders of safetensors files: read memory-mapped, written one tensor at a time.
 
-The library's writer wants all tensors of a file at once, so ours writes the format itself: eight bytes with the length
-of a JSON header, the header with the place of every tensor, the tensors.
+The format is eight bytes with the length of a JSON header, the header with the place of every tensor, the tensors. The
+library's writer wants all tensors of a file at once, and its reader has no numpy array for FP8.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from llmjax.core.errors import RunError
@@ -23,7 +23,11 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 
-FORMAT_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# The format's names of what weights are stored in.
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
+          "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "U8": np.dtype(np.uint8), "F64": np.dtype(np.float64),
+          "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "BOOL": np.dtype(np.bool_)}  # fmt: skip
+FORMAT_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,42 +44,38 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies."""
+
+    spec: TensorSpec
+    file: np.ndarray  # its bytes, memory-mapped
+    offset: int
+
+    def read(self) -> np.ndarray:
+        """The tensor, of which only what is touched comes into memory."""
+        data = self.file[self.offset: self.offset + self.spec.num_bytes]
+        return data.view(self.spec.dtype).reshape(self.spec.shape)
+
+
 class Reader:
-    """The tensors of a folder by name, in one file or in shards; use as a context."""
+    """The tensors of a folder by name, in one file or in shards."""
 
     def __init__(self, folder: Path):
-        self._folder = folder
-        self._files: dict[str, Any] = {}
-        self._file_of = _find_tensors(folder)
-        self._stack = contextlib.ExitStack()
+        self._tensors = _find_tensors(folder)
 
     @property
     def names(self) -> list[str]:
         """All tensors' names, sorted."""
-        return sorted(self._file_of)
+        return sorted(self._tensors)
+
+    def spec(self, name: str) -> TensorSpec:
+        """What the header says of a tensor."""
+        return self._tensors[name].spec
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as it is stored; RunError where its file is damaged."""
-        with _one_line(self._folder / self._file_of[name]):
-            return np.asarray(self._open(self._file_of[name]).get_tensor(name))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from the header alone."""
-        with _one_line(self._folder / self._file_of[name]):
-            return tuple(self._open(self._file_of[name]).get_slice(name).get_shape())
-
-    def _open(self, file: str) -> Any:
-        import safetensors
-
-        if file not in self._files:
-            self._files[file] = self._stack.enter_context(safetensors.safe_open(self._folder / file, framework="np"))
-        return self._files[file]
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        """One tensor as it is stored."""
+        return self._tensors[name].read()
 
 
 def write_folder(
@@ -122,27 +122,39 @@ def _write_file(path: Path, specs: Sequence[TensorSpec], tensors: Iterator[np.nd
             file.write(tensor.reshape(-1).view(np.uint8).data)
 
 
-def _find_tensors(folder: Path) -> dict[str, str]:
-    """The file that holds each tensor."""
-    import safetensors
-
+def _find_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder's files."""
     if (folder / INDEX_FILE).is_file():
-        file_of: dict[str, str] = json.loads((folder / INDEX_FILE).read_text("utf-8"))["weight_map"]
+        file_of = json.loads((folder / INDEX_FILE).read_text("utf-8"))["weight_map"]
         for file in sorted(set(file_of.values())):
             if not (folder / file).is_file():
                 raise RunError(f"{folder / file} is missing, though {INDEX_FILE} names it")
-        return file_of
+        inside = {file: _read_header(folder / file) for file in set(file_of.values())}
+        return {name: inside[file][name] for name, file in file_of.items()}
     if not (folder / SINGLE_FILE).is_file():
         raise RunError(f"no weights in {folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
-    with _one_line(folder / SINGLE_FILE), safetensors.safe_open(folder / SINGLE_FILE, framework="np") as file:
-        return dict.fromkeys(file.keys(), SINGLE_FILE)
+    return _read_header(folder / SINGLE_FILE)
 
 
-@contextlib.contextmanager
-def _one_line(path: Path) -> Iterator[None]:
-    import safetensors
-
+def _read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of one file; RunError where it is damaged."""
+    file = np.memmap(path, np.uint8, mode="r")
+    begin = 8 + int.from_bytes(file[:8].tobytes(), "little")
     try:
-        yield
-    except safetensors.SafetensorError as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
+        header = json.loads(file[8:begin].tobytes())
+        header.pop("__metadata__", None)
+        tensors = {name: _stored(name, entry, file=file, begin=begin) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    size = begin + sum(stored.spec.num_bytes for stored in tensors.values())
+    if size != file.size:
+        raise RunError(f"{path} cannot be read: it has {file.size:,} bytes, its header speaks of {size:,}")
+    return tensors
+
+
+def _stored(name: str, entry: Mapping[str, Any], *, file: np.ndarray, begin: int) -> Stored:
+    first, last = entry["data_offsets"]
+    spec = TensorSpec(name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+    if last - first != spec.num_bytes:
+        raise ValueError(f"{name} has {last - first} bytes, {spec.num_bytes} are needed")
+    return Stored(spec, file, begin + first)

@@ -20,6 +20,7 @@ class TaskConfig:
     label_smoothing: float = 0.0  # share of a target's weight that is spread over the whole vocabulary
     z_loss: float = 0.0  # weight of log(Z)^2 beside the cross-entropy
     multi_token: float = 0.3  # weight of the further heads' mean loss, where the model has such heads
+    router_losses: Literal["none", "added"] = "none"  # DPO: the routers' own losses beside the preference
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ XLA's own count leaves out Pallas kernels and loop trips; figures such as MFU co
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -41,9 +42,13 @@ def num_params(config: ModelConfig) -> int:
 
 
 def num_matmul_params(config: ModelConfig) -> float:
-    """Parameters that a token is multiplied with, head included: not the embedding lookup, of experts its share."""
-    head = config.vocab_size * config.dim if config.embeddings == "tied" else 0
-    return head + sum(size * _share(config, axes) for axes, size in _declared(config) if _is_multiplied(axes))
+    """Parameters that a training token is multiplied with: not the embedding lookup, of experts its share.
+
+    Heads of multi-token prediction have no vocabulary of their own: each multiplies with the model's once more.
+    """
+    declared = sum(size * _share(config, axes) for axes, size in _declared(config) if _is_multiplied(axes))
+    again = config.multi_token + (1 if config.embeddings == "tied" else 0)
+    return declared + again * config.vocab_size * config.dim
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -51,8 +56,8 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
     6 for every parameter in a matrix product (2 forward, 4 backward; Kaplan et al. 2020, section 2.1) plus attention's
     two products with the keys that a query reaches: over the causal half of the context on average (seq_len + 1) / 2,
-    fewer in a window. Recomputation (rematerialisation) is not model work and does not count; document borders within
-    packed rows, which spare some of the attention, are not subtracted.
+    fewer in a window. Recomputation (rematerialisation) is not model work and does not count; what ends of documents
+    within packed rows spare, attention and further tokens, is not subtracted.
     """
     latent = config.latent
     dims = 2 * config.head_dim  # of queries and keys, and of values
@@ -70,10 +75,11 @@ def _mean_keys(seq_len: int, window: int) -> float:
 
 
 def _spans(config: ModelConfig) -> Iterator[str]:
-    """The span of every layer's attention."""
+    """The span of every attention layer, those of multi-token prediction last."""
     for group in layer_groups(config):
         for layer in range(group.num_layers):
             yield group.spans[layer % len(group.spans)]
+    yield from itertools.repeat("global", config.multi_token)
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,6 +5,7 @@ Letters: B pairs, P = 2 (chosen, rejected), T time.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from llmjax.data import preference
 from llmjax.data.loader import Shuffled, follow
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.kernels.cross_entropy import api as cross_entropy
+from llmjax.models.auxiliary import BLOCKS, add_routers
+from llmjax.models.block import Aux
 from llmjax.models.decoder import Model, forward, head_kernel
 from llmjax.models.stack import Execution, execution_of
 from llmjax.post.corpus_examples import preference_examples
@@ -46,20 +49,30 @@ def make_loss(config: TaskConfig, *, execution: Execution = Execution()) -> Loss
 
     def loss(model: Model, params: Params, frozen: Params, batch: Mapping[str, jax.Array],
              key: jax.Array | None) -> LossOutput:
-        del key
-        policy_BP = answer_log_probs(model, params, batch, execution=execution)
-        reference_BP = answer_log_probs(model, jax.lax.stop_gradient(frozen["reference"]), batch, execution=execution)
+        policy = judge(model, params, batch, execution=execution)
+        reference = judge(model, jax.lax.stop_gradient(frozen["reference"]), batch, execution=execution)
         weight_B = collectives.sum_over(jnp.sum(batch["weights_BPT"], axis=(1, 2)), SEQUENCE_AXES)
         # All shards of a sequence know the likelihood of the whole answer: each counts for its share of the pair.
         real_B = (weight_B > 0).astype(jnp.float32) / math.prod(map(collectives.manual_size, SEQUENCE_AXES))
-        return preference_loss(policy_BP, reference_BP, real_B, beta=config.beta)
+        total = preference_loss(policy.log_probs_BP, reference.log_probs_BP, real_B, beta=config.beta)
+        if config.router_losses == "none" or key is None or not policy.aux:
+            return total
+        return add_routers(total, {BLOCKS: policy.aux["router"]}, config=model.config,
+                           segment_ids=batch["segment_ids_BPT"])
 
     return loss
 
 
-def answer_log_probs(model: Model, params: Params, batch: Mapping[str, jax.Array], *,
-                     execution: Execution) -> jax.Array:
-    """log p(answer | prompt), (B, P) in float32: the sum over the tokens whose weight is 1."""
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What a model thinks of the answers, and what its layers report."""
+
+    log_probs_BP: jax.Array  # log p(answer | prompt) in float32: the sum over the tokens whose weight is 1
+    aux: Aux
+
+
+def judge(model: Model, params: Params, batch: Mapping[str, jax.Array], *, execution: Execution) -> Judgement:
+    """What a model makes of a batch of pairs."""
     B, P, T = batch["tokens_BPT"].shape
     rows = {name: batch[f"{name}_BPT"].reshape(B * P, T) for name in ("tokens", "positions", "segment_ids")}
     out = forward(model, params, rows["tokens"], positions_BT=rows["positions"], segment_ids_BT=rows["segment_ids"],
@@ -67,7 +80,7 @@ def answer_log_probs(model: Model, params: Params, batch: Mapping[str, jax.Array
     loss = cross_entropy.linear_cross_entropy(out.hidden_BTD.reshape(B * P * T, -1), head_kernel(model, params),
                                               batch["targets_BPT"].reshape(-1), softcap=model.config.logit_softcap)
     own_BP = -jnp.sum(loss.nll_T.reshape(B, P, T) * batch["weights_BPT"], axis=-1)
-    return collectives.add_over(own_BP, SEQUENCE_AXES)
+    return Judgement(collectives.add_over(own_BP, SEQUENCE_AXES), out.aux)
 
 
 def preference_loss(policy_BP: jax.Array, reference_BP: jax.Array, real_B: jax.Array, *, beta: float) -> LossOutput:

@@ -21,7 +21,7 @@ from llmjax.data.objective_rows import Settings, hidden
 from llmjax.data.pack import next_token_pieces
 from llmjax.data.stages import open_stream, tokens_by_source
 from llmjax.kernels.cross_entropy.api import linear_cross_entropy
-from llmjax.models.auxiliary import BLOCKS, DEPTHS, ENCODER_BLOCKS, auxiliary
+from llmjax.models.auxiliary import BLOCKS, DEPTHS, ENCODER_BLOCKS, Reports, add_routers, num_real
 from llmjax.models.block import Aux
 from llmjax.models.decoder import (
     Model,
@@ -116,32 +116,21 @@ def _with_further_heads(config: TaskConfig, model: Model, params: Params, ahead:
     return LossOutput(total.loss_sum + config.multi_token * mean, total.weight, metrics)
 
 
-def _with_routers(model: Model, batch: Mapping[str, jax.Array], total: LossOutput,
-                  reports: Mapping[tuple[str, ...], RouterSums]) -> LossOutput:
-    """Routers add their mean losses a real token."""
+def _with_routers(model: Model, batch: Mapping[str, jax.Array], total: LossOutput, reports: Reports) -> LossOutput:
     if not reports:
         return total
-    routers, metrics = auxiliary(model.config, reports), {"cross_entropy": total.loss_sum} | total.metrics
-    # A sum over real tokens becomes a mean over them that weighs as much as the batch does.
-    real = jnp.maximum(_num_real(batch["segment_ids_BT"]), 1.0)
-    share = collectives.sum_over(total.weight, collectives.SHARE_AXES) / real
-    metrics |= {name: value * share for name, value in routers.metrics.items()}
-    return LossOutput(total.loss_sum + routers.loss_sum * share, total.weight, metrics, routers.loads)
+    total.metrics.setdefault("cross_entropy", total.loss_sum)
+    return add_routers(total, reports, config=model.config, segment_ids=batch["segment_ids_BT"])
 
 
 def _reports(batch: Mapping[str, jax.Array], out: Output) -> dict[tuple[str, ...], RouterSums]:
     """What routers report by where they are; an encoder's as if it had run over as many tokens as the decoder."""
     reports = {BLOCKS: out.aux["router"]} if out.aux else {}
     if out.source_aux:
-        targets, sources = (_num_real(batch[f"segment_ids_{letters}"]) for letters in ("BT", "BS"))
+        targets, sources = (num_real(batch[f"segment_ids_{letters}"]) for letters in ("BT", "BS"))
         reports[ENCODER_BLOCKS] = jax.tree.map(lambda x: x * targets / jnp.maximum(sources, 1.0),
                                                out.source_aux["router"])
     return reports
-
-
-def _num_real(segment_ids: jax.Array) -> jax.Array:
-    """Tokens of the global microbatch that are none of the padding."""
-    return collectives.sum_over(jnp.sum(segment_ids > 0, dtype=jnp.float32), collectives.SHARE_AXES)
 
 
 def make_task(config: Config, *, data: Path, workdir: Path, objective: Settings | None = None,

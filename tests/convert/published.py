@@ -90,9 +90,14 @@ QUICK = ("llama, tied, llama3 rope", "gemma3", "olmo3", "gpt_neox", "bloom", "de
 
 
 def make(case: str, **fields: Any) -> transformers.PreTrainedModel:
+    """The model of a case."""
+    return make_case(dataclasses.replace(CASES[case], fields=CASES[case].fields | fields))
+
+
+def make_case(case: Case) -> transformers.PreTrainedModel:
     """A model with every parameter, norms and biases included, moved off its initial value."""
     torch.manual_seed(0)
-    config = CASES[case].config(**CASES[case].fields | fields)
+    config = case.config(**case.fields)
     # Their other implementations leave out soft-caps.
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():

@@ -105,7 +105,7 @@ def check_loss_and_gradients(pair: Pair, mesh: jax.sharding.Mesh) -> None:
     assert float(out.loss_sum / out.weight) == pytest.approx(loss.item(), rel=1e-5)
     rows = pair.family.rows_of(pair.model.config)
     ours = dict(rules.to_theirs(rows, rules.flatten(jax.device_get(grads))))
-    expected = their_gradients(pair)
+    expected = their_gradients(pair.theirs, pair.folder)
     for name in ours.keys() & {name for name, _ in pair.theirs.named_buffers()}:  # the routers' balancing biases
         assert not np.any(ours.pop(name)) and expected.pop(name) is not None
     assert ours.keys() == expected.keys()
@@ -113,18 +113,18 @@ def check_loss_and_gradients(pair: Pair, mesh: jax.sharding.Mesh) -> None:
     assert max(differences.values()) < TOLERANCE, differences
 
 
-def their_gradients(pair: Pair) -> dict[str, torch.Tensor]:
+def their_gradients(theirs: transformers.PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
     """Under the names that tensors have in a folder, as their own code saves them; buffers have none."""
-    values = {name: parameter.detach().clone() for name, parameter in pair.theirs.named_parameters()}
+    values = {name: parameter.detach().clone() for name, parameter in theirs.named_parameters()}
     with torch.no_grad():
-        for parameter in pair.theirs.parameters():
+        for parameter in theirs.parameters():
             parameter.copy_(parameter.grad)
-    pair.theirs.save_pretrained(pair.folder / "gradients")
+    theirs.save_pretrained(folder / "gradients")
     with torch.no_grad():
-        for name, parameter in pair.theirs.named_parameters():
+        for name, parameter in theirs.named_parameters():
             parameter.copy_(values[name])
-    with safetensors.Reader(pair.folder / "gradients") as reader:
-        return {name: torch.tensor(reader.read(name)) for name in reader.names}
+    reader = safetensors.Reader(folder / "gradients")
+    return {name: torch.tensor(reader.read(name)) for name in reader.names}
 
 
 def batch(tokens: np.ndarray) -> dict[str, np.ndarray]:
@@ -174,10 +174,10 @@ def generate(model: decoder.Model, params: dict, prompt_BT: jax.Array) -> tuple[
 def test_there_and_back(pair: Pair) -> None:
     """Folder to run to folder: the same bits, and a config that says the same."""
     export_hf(pair.folder / "run", pair.folder / "out")
-    with safetensors.Reader(pair.folder / "hf") as before, safetensors.Reader(pair.folder / "out") as after:
-        assert after.names == before.names
-        for name in before.names:
-            assert np.array_equal(after.read(name), before.read(name)), name
+    before, after = safetensors.Reader(pair.folder / "hf"), safetensors.Reader(pair.folder / "out")
+    assert after.names == before.names
+    for name in before.names:
+        assert np.array_equal(after.read(name), before.read(name)), name
     again, theirs = transformers.AutoConfig.from_pretrained(pair.folder / "out"), pair.theirs.config
     for name in CASES[pair.case].fields:
         assert says(getattr(again, name, None), getattr(theirs, name, None)), name
@@ -189,3 +189,9 @@ def says(again: object, first: object) -> bool:
     if isinstance(first, dict) and isinstance(again, dict):
         return all(says(again.get(name), value) for name, value in first.items())
     return again == first
+
+
+def test_a_family_costs_fewer_than_sixty_lines(root: Path) -> None:
+    """One file each (common.py is no family)."""
+    sizes = {path.name: len(path.read_text().splitlines()) for path in (root / "llmjax/convert/families").glob("*.py")}
+    assert len(sizes) > 14 and not {name: size for name, size in sizes.items() if size >= 60 and name != "common.py"}

@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_tensors
 
 from llmjax.convert import rules, safetensors
 from llmjax.convert.families.llama import LLAMA
@@ -73,6 +75,21 @@ def test_precision_in_and_out(dtype, ours, tmp_path):
     again = load(tmp_path / "out")
     assert again.dtype == getattr(torch, ours)
     assert all(torch.equal(state(again)[name], tensor.to(again.dtype)) for name, tensor in state(theirs).items())
+
+
+def test_the_balancing_bias_stays_in_float32(tmp_path):
+    """As it is published beside weights in bfloat16: its steps are small."""
+    published.make("deepseek_v3").save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf/model.safetensors"
+    stored = {name: tensor if "correction_bias" in name else tensor.bfloat16()
+              for name, tensor in load_file(file).items()}
+    save_tensors(stored, file)
+    assert import_hf(tmp_path / "hf", tmp_path / "run").model.param_dtype == "bfloat16"
+    export_hf(tmp_path / "run", tmp_path / "out")
+    again = load_file(tmp_path / "out/model.safetensors")
+    assert {tensor.dtype for tensor in again.values()} == {torch.float32, torch.bfloat16}
+    assert all(again[name].dtype == tensor.dtype and torch.equal(again[name], tensor)
+               for name, tensor in stored.items())
 
 
 def test_the_older_forms_of_a_config():
@@ -205,8 +222,8 @@ def test_names_without_their_prefix(tmp_path):
     """Published GPT-2 and BLOOM folders leave it out."""
     theirs = published.make("gpt2")
     theirs.save_pretrained(tmp_path / "hf")
-    with safetensors.Reader(tmp_path / "hf") as reader:
-        bare = {name.removeprefix("transformer."): reader.read(name) for name in reader.names}
+    reader = safetensors.Reader(tmp_path / "hf")
+    bare = {name.removeprefix("transformer."): reader.read(name) for name in reader.names}
     save_file(bare | {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}, tmp_path / "hf/model.safetensors")
     import_hf(tmp_path / "hf", tmp_path / "run")
     export_hf(tmp_path / "run", tmp_path / "out")
@@ -219,10 +236,11 @@ def test_straight_onto_a_mesh(tmp_path):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     theirs = json.loads((tmp_path / "hf/config.json").read_text())
     model = LLAMA.to_ours(theirs, dtype="float32")
-    with safetensors.Reader(tmp_path / "hf") as reader:
-        params = to_params({name: reader.read(name) for name in reader.names}, family=LLAMA, model=model, mesh=mesh)
+    params = to_params(safetensors.Reader(tmp_path / "hf"), family=LLAMA, model=model, mesh=mesh)
     shapes = abstract_model(model).abstract_params(mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    alone = to_params(safetensors.Reader(tmp_path / "hf"), family=LLAMA, model=model)
+    jax.tree.map(np.testing.assert_array_equal, params, alone)
 
 
 def test_sizes_that_transformers_refuses():

@@ -39,11 +39,11 @@ def test_the_library_reads_what_we_write(dtype, tmp_path):
 def test_shards_and_index(shard_bytes, tmp_path):
     values = tensors()
     write(tmp_path, values, shard_bytes=shard_bytes)
-    with Reader(tmp_path) as reader:
-        assert reader.names == sorted(values)
-        for name, value in values.items():
-            assert reader.shape(name) == value.shape
-            np.testing.assert_array_equal(reader.read(name), value)
+    reader = Reader(tmp_path)
+    assert reader.names == sorted(values)
+    for name, value in values.items():
+        assert reader.spec(name) == TensorSpec(name, value.shape, value.dtype)
+        np.testing.assert_array_equal(reader.read(name), value)
     assert (tmp_path / INDEX_FILE).exists() == (shard_bytes < 10_000)
     if shard_bytes < 10_000:
         index = json.loads((tmp_path / INDEX_FILE).read_text())

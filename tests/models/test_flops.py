@@ -95,6 +95,17 @@ def test_experts_and_latents_counted_by_hand() -> None:
     assert flops_per_token(config, 5) == pytest.approx(6 * num_matmul_params(config) + products)
 
 
+def test_further_heads_counted_by_hand() -> None:
+    plain = ModelConfig(vocab_size=10, num_layers=3, dim=4, num_heads=2, num_kv_heads=1, head_dim=2, mlp_dim=8)
+    ahead = dataclasses.replace(plain, multi_token=2)
+    layer = 4 * 4 + 4 * 2 + 4 * 2 + 4 * 4 + 3 * 4 * 8  # q, k, v, o, mlp
+    depth = 2 * 4 * 4 + layer + 4 * 10  # the joint projection, a block, and the vocabulary once more
+    assert num_matmul_params(ahead) - num_matmul_params(plain) == 2 * depth
+    products = 2 * 3 * 2 * 2 * (2 + 2) * 3  # 2 depths, forward and backward, 2 FLOPs, 2 heads, 3 keys on average
+    assert flops_per_token(ahead, 5) - flops_per_token(plain, 5) == pytest.approx(6 * 2 * depth + products)
+    assert num_params(ahead) - num_params(plain) == 2 * (2 * 4 * 4 + layer + 5 * 4)  # and five norms, no vocabulary
+
+
 def test_matmul_flops_equal_what_xla_counts_for_a_plain_layer() -> None:
     tokens, dim, mlp = 32, 64, 128
 

@@ -45,15 +45,28 @@ def packed(num_rows: int) -> dict[str, np.ndarray]:
     return {"tokens_BT": tokens, "positions_BT": positions, "segment_ids_BT": segments}
 
 
+def with_targets(batch: dict[str, np.ndarray], tokens_BT: jax.Array) -> dict[str, jax.Array | np.ndarray]:
+    """With the next token of each document; its last token has none."""
+    segments = batch["segment_ids_BT"]
+    goes_on = (segments == np.roll(segments, -1, axis=1)) & (segments > 0) & (np.arange(T) < T - 1)[None]
+    return batch | {"tokens_BT": tokens_BT, "targets_BT": jnp.where(goes_on, jnp.roll(tokens_BT, -1, axis=1), 0),
+                    "weights_BT": goes_on.astype(np.float32)}
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_documents_stay_apart_and_a_cache_changes_nothing(name: str) -> None:
     config = variant(name)
     model, params, batch = decoder.abstract_model(config), shaken(config), packed(2)
 
     @jax.jit
-    def logits(tokens_BT: jax.Array) -> jax.Array:
+    def logits(tokens_BT: jax.Array) -> list[jax.Array]:
+        """Of the model and of its further heads."""
         out = decoder.forward(model, params, **(batch | {"tokens_BT": tokens_BT}))
-        return decoder.logits(model, params, out.hidden_BTD)
+        hidden = [out.hidden_BTD]
+        if config.multi_token:
+            ahead = decoder.look_ahead(model, params, out.hidden_BTD, with_targets(batch, tokens_BT))
+            hidden += list(ahead.hidden_KBTD)
+        return [decoder.logits(model, params, one_BTD) for one_BTD in hidden]
 
     @jax.jit
     def continued(tokens_BT: jax.Array) -> jax.Array:
@@ -68,9 +81,14 @@ def test_documents_stay_apart_and_a_cache_changes_nothing(name: str) -> None:
 
     second = batch["segment_ids_BT"] == 2
     changed = np.where(second, (batch["tokens_BT"] + 7) % 64, batch["tokens_BT"])
-    before, after = np.asarray(logits(batch["tokens_BT"])), np.asarray(logits(changed))
-    assert np.array_equal(before[~second], after[~second])
-    assert not np.allclose(before[second], after[second])
+    before, *ahead = map(np.asarray, logits(batch["tokens_BT"]))
+    after, *ahead_after = map(np.asarray, logits(changed))
+    segments = batch["segment_ids_BT"]
+    for depth, (one, other) in enumerate(zip((before, *ahead), (after, *ahead_after), strict=True)):
+        # A further head has nothing to say where its tokens would be those of the next document.
+        inside = np.pad(segments[:, depth:], ((0, 0), (0, depth))) == segments
+        assert np.array_equal(one[inside & ~second], other[inside & ~second])
+        assert not np.allclose(one[inside & second], other[inside & second])
     real = batch["segment_ids_BT"] > 0
     if name != "dynamic NTK":  # whose frequencies depend on how long the row is by then
         np.testing.assert_allclose(np.asarray(continued(batch["tokens_BT"]))[real], before[real], rtol=1e-3, atol=1e-4)

@@ -24,6 +24,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "positions": "none", "attention": {"softcap": 2.0, "bias": "all", "scale": 0.7, "qk_norm": "head"},
         "logit_softcap": 3.0, "residual_scale": 0.5, "embedding_scale": 2.0, "logit_scale": 0.7,
         "norm": {"placement": "post", "scale": "one_plus"}},
+    "one key head, YaRN, window and sinks": {
+        "num_kv_heads": 1, "attention": {"window": 6, "global_every": 2, "sinks": "learned", "bias": "qkv"},
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_seq_len": 16}},
+    "as many key heads, ALiBi in a window": {"num_kv_heads": 4, "positions": "alibi", "attention": {"window": 7}},
+    "latents in a window, further heads": {
+        "latent": {"kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 6},
+        "attention": {"window": 6, "global_every": 2, "softcap": 3.0, "local_rope_theta": 50.0},
+        "rope_scaling": {"kind": "llama3", "factor": 4.0, "original_seq_len": 16}, "multi_token": 2},
     "latents, experts in groups, shared ones": {
         "latent": {"kv_lora_rank": 8, "q_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 6},
         "moe": {"num_experts": 8, "num_groups": 4, "top_groups": 2, "expert_mlp_dim": 12, "num_shared_experts": 1,

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from llmjax.convert.operations import Copy, Linear, Vector
-from llmjax.convert.parts import Field, Given, Values
+from llmjax.convert.operations import Copy, Linear, LinearWithPairs, Vector
+from llmjax.convert.parts import Field, Fixed, Given, Values
 from llmjax.convert.rules import Row
 from llmjax.core.errors import ConfigError
 from llmjax.core.model_sections import ModelConfig
@@ -30,6 +30,8 @@ HEAD_DIM = Field("head_dim", "head_dim", lambda theirs: theirs["hidden_size"] //
 EVEN_HEADS = Given({"head_dim": lambda theirs: theirs["hidden_size"] // theirs["num_attention_heads"]})
 UNTIED = Field("tie_word_embeddings", "embeddings", False, {False: "untied", True: "tied"})
 TIED = dataclasses.replace(UNTIED, default=True)
+NORMALISED = Field("norm_topk_prob", "moe.weights", False, {True: "normalised", False: "as_scored"})
+WHOLE = Fixed({"quantization_config": None, "attention_dropout": 0.0})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +49,18 @@ class WidthIsAMultiple:
 
 
 LAYER = "model.layers.{layer}"
+GATED = ("gate", "up", "down")
+PROJECTIONS = tuple(f"{name}_proj" for name in GATED)
 
 
-def norm(theirs: str, ours: str) -> Row:
-    """The scale of a norm of each layer."""
-    return Row(f"{LAYER}.{theirs}.weight", f"blocks/{ours}/scale", Copy())
+def norm(theirs: str, ours: str, group: str = "blocks") -> Row:
+    """The scale of a norm of each layer of a group."""
+    return Row(f"{LAYER}.{theirs}.weight", f"{group}/{ours}/scale", Copy())
+
+
+def pre_norms(group: str = "blocks") -> tuple[Row, ...]:
+    """The norms before each sublayer."""
+    return norm("input_layernorm", "attn_norm", group), norm("post_attention_layernorm", "mlp_norm", group)
 
 
 def attention(group: str = "blocks") -> tuple[Row, ...]:
@@ -60,10 +69,31 @@ def attention(group: str = "blocks") -> tuple[Row, ...]:
                      Linear(num_inputs=2 if name == "o" else 1)) for name in "qkvo")  # fmt: skip
 
 
-def gated_mlp(group: str = "blocks") -> tuple[Row, ...]:
+def latent_attention(group: str) -> tuple[Row, ...]:
+    """Projections and norms of latent attention in the layers of a group."""
+    theirs, ours, pairs = f"{LAYER}.self_attn", f"{group}/attn", LinearWithPairs()
+    return (
+        Row(f"{theirs}.q_proj.weight", f"{ours}/q", pairs),
+        Row(f"{theirs}.q_a_proj.weight", f"{ours}/q_down", Linear()),
+        Row(f"{theirs}.q_a_layernorm.weight", f"{ours}/q_norm/scale", Copy()),
+        Row(f"{theirs}.q_b_proj.weight", f"{ours}/q_up", pairs),
+        Row(f"{theirs}.kv_a_proj_with_mqa.weight", f"{ours}/kv_down", pairs),
+        Row(f"{theirs}.kv_a_layernorm.weight", f"{ours}/kv_norm/scale", Copy()),
+        Row(f"{theirs}.kv_b_proj.weight", f"{ours}/kv_up", Linear()),
+        Row(f"{theirs}.o_proj.weight", f"{ours}/o", Linear(num_inputs=2)),
+    )
+
+
+def gated_mlp(group: str = "blocks", *, theirs: str = "mlp", ours: str = "mlp") -> tuple[Row, ...]:
     """The three projections of the layers of a group."""
-    return tuple(Row(f"{LAYER}.mlp.{name}_proj.weight", f"{group}/mlp/{name}", Linear())
-                 for name in ("gate", "up", "down"))  # fmt: skip
+    return tuple(Row(f"{LAYER}.{theirs}.{name}_proj.weight", f"{group}/{ours}/{name}", Linear()) for name in GATED)
+
+
+def experts(group: str = "blocks", *, theirs: str = "mlp", names: tuple[str, ...] = PROJECTIONS) -> tuple[Row, ...]:
+    """The router and each expert's projections (gate, up, down by their `names`) in the layers of a group."""
+    return (Row(f"{LAYER}.{theirs}.gate.weight", f"{group}/mlp/router/kernel", Linear()),
+            *(Row(f"{LAYER}.{theirs}.experts.{{expert}}.{name}.weight", f"{group}/mlp/experts/{own}", Linear())
+              for name, own in zip(names, GATED, strict=True)))  # fmt: skip
 
 
 ENDS = (
@@ -74,9 +104,8 @@ ENDS = (
 ATTENTION_BIASES = tuple(Row(f"{LAYER}.self_attn.{name}_proj.bias", f"blocks/attn/{name}_bias", Vector())
                          for name in "qkv")  # fmt: skip
 O_BIAS = Row(f"{LAYER}.self_attn.o_proj.bias", "blocks/attn/o_bias", Copy())
-GATED_MLP_BIASES = tuple(Row(f"{LAYER}.mlp.{name}_proj.bias", f"blocks/mlp/{name}_bias", Copy())
-                         for name in ("gate", "up", "down"))  # fmt: skip
-PRE_NORMS = (norm("input_layernorm", "attn_norm"), norm("post_attention_layernorm", "mlp_norm"))
+GATED_MLP_BIASES = tuple(Row(f"{LAYER}.mlp.{name}_proj.bias", f"blocks/mlp/{name}_bias", Copy()) for name in GATED)
+PRE_NORMS = pre_norms()
 POST_NORMS = (norm("post_attention_layernorm", "attn_post_norm"), norm("post_feedforward_layernorm", "mlp_post_norm"))
 QK_NORMS = tuple(Row(f"{LAYER}.self_attn.{name}_norm.weight", f"blocks/attn/{name}_norm/scale", Vector())
                  for name in "qk")  # fmt: skip

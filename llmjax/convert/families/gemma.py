@@ -2,7 +2,8 @@
 
 from llmjax.convert.families import common
 from llmjax.convert.family import Family
-from llmjax.convert.parts import Computed, Field, Fixed, Given, Rope, RopeBySpan, Spans
+from llmjax.convert.parts import Computed, Field, Given, Spans
+from llmjax.convert.rope import Rope, RopeBySpan
 
 PARTS = (
     *common.SIZES,
@@ -17,7 +18,7 @@ PARTS = (
     common.TIED,
     Given({"norm.scale": "one_plus", "norm.placement": "both",
            "embedding_scale": lambda theirs: theirs["hidden_size"] ** 0.5}),
-    Fixed({"quantization_config": None, "attention_dropout": 0.0}),
+    common.WHOLE,
 )  # fmt: skip
 ROWS = (
     *common.ENDS, *common.attention(), *common.ATTENTION_BIASES, common.O_BIAS, *common.gated_mlp(),

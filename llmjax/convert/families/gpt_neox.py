@@ -3,7 +3,8 @@
 from llmjax.convert.families import common
 from llmjax.convert.family import Family
 from llmjax.convert.operations import Copy, Joined, Linear, Vector
-from llmjax.convert.parts import Field, Fixed, Given, Rope
+from llmjax.convert.parts import Field, Fixed, Given
+from llmjax.convert.rope import Rope
 from llmjax.convert.rules import Row
 
 LAYER = "gpt_neox.layers.{layer}"

@@ -1,9 +1,10 @@
-"""GPT-OSS (OpenAI 2025): experts with biases, attention sinks, every other layer local. MXFP4 folders are refused."""
+"""GPT-OSS (OpenAI 2025): experts with biases, attention sinks, every other layer local."""
 
 from llmjax.convert.families import common
 from llmjax.convert.family import Family
 from llmjax.convert.operations import Alternating, Copy, Linear
-from llmjax.convert.parts import Field, Fixed, Given, Rope, Spans
+from llmjax.convert.parts import Field, Fixed, Given, Spans
+from llmjax.convert.rope import Rope
 from llmjax.convert.rules import Row
 
 MLP = f"{common.LAYER}.mlp"

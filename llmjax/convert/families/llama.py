@@ -2,7 +2,8 @@
 
 from llmjax.convert.families import common
 from llmjax.convert.family import Family
-from llmjax.convert.parts import Field, Fixed, Rope
+from llmjax.convert.parts import Field
+from llmjax.convert.rope import Rope
 
 LLAMA = Family(
     model_type="llama",
@@ -16,7 +17,7 @@ LLAMA = Family(
         Field("mlp_bias", "mlp_bias", False, common.ON),
         common.UNTIED,
         Rope(),
-        Fixed({"quantization_config": None, "attention_dropout": 0.0}),
+        common.WHOLE,
         common.WidthIsAMultiple(),
     ),
     rows=(*common.ENDS, *common.attention(), *common.ATTENTION_BIASES, common.O_BIAS, *common.gated_mlp(),

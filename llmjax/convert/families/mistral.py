@@ -2,7 +2,8 @@
 
 from llmjax.convert.families import common
 from llmjax.convert.family import Family
-from llmjax.convert.parts import Field, Fixed, Given, Rope
+from llmjax.convert.parts import Field, Given
+from llmjax.convert.rope import Rope
 
 MISTRAL = Family(
     model_type="mistral",
@@ -16,7 +17,7 @@ MISTRAL = Family(
         Given({"attention.global_every": 0}),
         common.UNTIED,
         Rope(),
-        Fixed({"quantization_config": None, "attention_dropout": 0.0}),
+        common.WHOLE,
     ),
     rows=(*common.ENDS, *common.attention(), *common.gated_mlp(), *common.PRE_NORMS),
     derived=common.ROTARY_BUFFERS,

@@ -2,7 +2,8 @@
 
 from llmjax.convert.families import common
 from llmjax.convert.family import Family
-from llmjax.convert.parts import Field, Fixed, Given, Rope, RopeBySpan, Spans
+from llmjax.convert.parts import Field, Given, Spans
+from llmjax.convert.rope import Rope, RopeBySpan
 
 PARTS = (
     *common.SIZES,
@@ -12,7 +13,7 @@ PARTS = (
     Field("attention_bias", "attention.bias", False, common.ON),
     common.UNTIED,
     Given({"norm.placement": "post", "attention.qk_norm": "full"}),
-    Fixed({"quantization_config": None, "attention_dropout": 0.0}),
+    common.WHOLE,
 )
 ROWS = (
     *common.ENDS, *common.attention(), *common.ATTENTION_BIASES, common.O_BIAS, *common.gated_mlp(),

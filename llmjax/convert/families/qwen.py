@@ -2,7 +2,8 @@
 
 from llmjax.convert.families import common
 from llmjax.convert.family import Family
-from llmjax.convert.parts import Field, Fixed, Given, Rope
+from llmjax.convert.parts import Field, Fixed, Given
+from llmjax.convert.rope import Rope
 
 PARTS = (
     *common.SIZES,
