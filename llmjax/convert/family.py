@@ -43,6 +43,11 @@ class Family:
         named = self.model_type == theirs.get("model_type") or self.architecture in (theirs.get("architectures") or [])
         return named and all(theirs.get(field) in values for field, values in self.where.items())
 
+    @property
+    def sparse(self) -> bool:
+        """Whether its models have experts."""
+        return any("/router/" in path for row in self.rows for path in row.paths)
+
     def to_ours(self, theirs: Mapping[str, Any], *, dtype: str) -> ModelConfig:
         """The model section for a config.json; `dtype` is that of the stored weights, float16 widens to float32.
 
@@ -65,6 +70,8 @@ class Family:
 
     def misfits(self, model: ModelConfig) -> list[str]:
         """What of a model section the family cannot say, as `model.field=value` each; none: it can be exported."""
+        if self.sparse and not model.moe.num_experts:
+            return ["model.moe.num_experts=0"]
         try:
             again = self.to_ours(self.to_theirs(model), dtype=model.param_dtype)
         except ConfigError as error:

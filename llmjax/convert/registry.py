@@ -49,7 +49,8 @@ def family_of_model(model: ModelConfig, *, preferred: str | None = None) -> Fami
     misfits = {family.key: family.misfits(model) for family in order}
     fitting = [name for name, faults in misfits.items() if not faults]
     if not fitting:
-        nearest = min(misfits, key=lambda name: len(misfits[name]))
+        alike = [name for name in misfits if FAMILIES[name].sparse == bool(model.moe.num_experts)]
+        nearest = min(alike, key=lambda name: len(misfits[name]))
         raise ConfigError(f"no family of transformers says all of this model; the nearest, {nearest}, lacks "
                           f"{', '.join(misfits[nearest])}")
     return FAMILIES[fitting[0]]

@@ -180,10 +180,10 @@ def test_greedy_tokens(pair: Pair) -> None:
 def test_there_and_back(pair: Pair) -> None:
     """Folder to run to folder: the same bits, and a config that says the same."""
     export_hf(pair.folder / "run", pair.folder / "out")
-    with safetensors.Reader(pair.folder / "hf") as before, safetensors.Reader(pair.folder / "out") as after:
-        assert after.names == before.names
-        for name in before.names:
-            assert np.array_equal(after.read(name), before.read(name)), name
+    before, after = safetensors.Reader(pair.folder / "hf"), safetensors.Reader(pair.folder / "out")
+    assert after.names == before.names
+    for name in before.names:
+        assert np.array_equal(after.read(name), before.read(name)), name
     again = transformers.AutoConfig.from_pretrained(pair.folder / "out")
     for name, value in CASES[pair.case][2].items():
         if name not in NOT_OURS:

@@ -216,6 +216,7 @@ def test_a_model_goes_out_as_the_family_that_says_all_of_it():
     assert family_of_model(window) is FAMILIES["mistral"]
     with pytest.raises(ConfigError, match="nearest, mistral, lacks model.attention.softcap=2.0"):
         family_of_model(dataclasses.replace(window, attention=AttentionConfig(window=8, softcap=2.0)))
+    assert FAMILIES["mixtral"].misfits(plain) == ["model.moe.num_experts=0"]  # its tensors are those of experts
 
 
 def test_names_without_their_prefix(tmp_path):
