@@ -18,6 +18,7 @@ from llmjax.core.sections import Config, ModelConfig
 from llmjax.models.flops import num_params
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
+WIDTHS = {"float32": FULL, "bfloat16": HALF}
 LANES = 128
 MOMENTS = {"adamw": 2, "muon": 1}
 BATCH_ARRAYS = 6  # of 4 bytes a token
@@ -36,6 +37,7 @@ class Layout:
     remat: str
     shard: str  # what the fsdp axis shards
     moments: int
+    moment_bytes: int = FULL  # of one number on the device
 
     @property
     def tokens(self) -> int:
@@ -55,6 +57,7 @@ def layout_of(config: Config, sizes: Mapping[str, int]) -> Layout:
         seq_len=config.data.seq_len // sizes["context"], accumulation=config.train.accumulation,
         remat=config.train.remat, shard=flatten(config).get("mesh.shard", "parameters"),
         moments=MOMENTS.get(config.optim.name, 2),
+        moment_bytes=0 if config.optim.memory == "host" else WIDTHS[config.optim.moments],
     )  # fmt: skip
 
 
@@ -98,7 +101,7 @@ def memory(layout: Layout) -> Memory:
     gathered = layers if layout.remat == "none" and held and shards > 1 else 1
     return Memory(
         parameters=FULL * stored / (shards if held else 1),
-        optimiser=layout.moments * FULL * stored / (shards if layout.shard != "nothing" else 1),
+        optimiser=layout.moments * layout.moment_bytes * stored / (shards if layout.shard != "nothing" else 1),
         batch=BATCH_ARRAYS * FULL * tokens * layout.accumulation,
         gradients=gradients * (2 if layout.accumulation > 1 else 1),
         residuals=HALF * tokens * layers * _waiting(layout),

@@ -4,9 +4,9 @@ Differentiating a whole forward pass (models/pipeline.py) keeps what every micro
 in. Here the table of models/schedules.py is played with both halves of its ticks: a stage keeps the inputs of the few
 microbatches that are under way and makes the rest again, microbatch by microbatch, for which train.remat says what
 waits in between. All stages share the tokens of the microbatch that leaves the last of them: each does its part of the
-loss. Everything but the losses' values is computed forward, so the derivative only scales it.
+loss. Gradients are thus computed along with the loss, and its derivative only scales them.
 
-Letters: B rows of a stage, M microbatches, b rows of a microbatch, T time, D model width, R places for inputs.
+Letters: M microbatches, b rows of a microbatch, T time, D model width, R places for inputs, K ticks, P stages.
 """
 
 from __future__ import annotations
