@@ -1,10 +1,11 @@
 """Curation beside datatrove, dolma and datasketch: the same stages over the same documents, one after the other.
 
-    python benchmarks/curation.py CORPUS [--peer-python=PYTHON] [--only=near-llmjax,...] [--json=FILE]
+    python benchmarks/curation.py CORPUS [--part=4] [--peer-python=PYTHON] [--only=near-llmjax,...] [--json=FILE]
 
-CORPUS: a folder of Parquet files with the columns `id` and `text`, and `of` for planted copies. Every variant is a
-process of its own on one thread; its CPU-seconds and its peak memory count from the moment the texts are in memory.
-Peers may live in another environment (`--peer-python`); one that is not installed is said to be missing.
+CORPUS: a folder of Parquet files with the columns `id` and `text`. Stages that peers have too see its first `--part`
+files, the build sees all. Every variant is a process of its own on one thread; its CPU-seconds count from the moment
+the texts are in memory, its peak memory holds them. Peers may live in another environment (`--peer-python`); one that
+is not installed is said to be missing.
 
 Near-duplicates are judged by every pair of documents with a Jaccard similarity of at least 0.7, found exhaustively with
 another implementation of the shingles: recall is the share of those pairs of which a document was removed, precision
@@ -25,11 +26,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from near_truth import JACCARD, WORDS, judge, true_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
-JACCARD = 0.7
-WORDS = 5
+TOKENIZER_SHARE = 4  # one in so many documents trains the tokenizer
 BUCKETS, ROWS = 14, 8  # of datatrove, its own default: 112 hashes
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
@@ -45,6 +47,7 @@ class Variant:
     library: str
     call: Callable[[Texts, Path], Removed | None]
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    reads: Literal["part", "all"] = "part"  # of the files
 
 
 def near_llmjax(texts: Texts, folder: Path) -> Removed:
@@ -140,7 +143,7 @@ def build_llmjax(texts: Texts, folder: Path) -> None:
     from llmjax.data.registry import find_sources
 
     rules = CurationConfig(rules="gopher_quality,gopher_repetition")
-    config = DataConfig(sources=f"{folder.parent}/corpus/*.parquet", holdouts=f"{folder.parent}/exam.jsonl",
+    config = DataConfig(sources=f"{folder.parent}/all/*.parquet", holdouts=f"{folder.parent}/exam.jsonl",
                         curation=rules)  # fmt: skip
     sources, holdouts = (find_sources(spec, field="data.sources", licence="stated by the user") for spec in (
         config.sources, config.holdouts))  # fmt: skip
@@ -181,7 +184,7 @@ VARIANTS = {
     "quality-llmjax-numpy": Variant("Gopher rules", "llmjax", quality_llmjax, NUMPY),
     "quality-datatrove": Variant("Gopher rules", "datatrove", quality_datatrove),
     "quality-dolma": Variant("Gopher rules", "dolma", quality_dolma),
-    "build-llmjax": Variant("rules, duplicates, leaks, write", "llmjax", build_llmjax),
+    "build-llmjax": Variant("rules, duplicates, leaks, write", "llmjax", build_llmjax, reads="all"),
     "language-llmjax": Variant("language", "llmjax", language_llmjax),
     "pii-llmjax": Variant("personal data", "llmjax", pii_llmjax),
     "encode-llmjax": Variant("encode", "llmjax", encode_llmjax),
@@ -239,7 +242,7 @@ def _tiktoken(folder: Path) -> Any:
 
 
 def read(corpus: Path) -> Texts:
-    """The texts in the order of the files."""
+    """The texts of a folder in the order of its files."""
     import pyarrow.parquet as pq
 
     return [text for file in sorted(corpus.glob("*.parquet")) for text in
@@ -251,11 +254,11 @@ def work(name: str, folder: Path) -> dict[str, Any]:
     variant = VARIANTS[name]
     if "NUMBA_DISABLED" in os.environ:
         sys.modules["numba"] = None  # type: ignore[assignment]
-    texts = read(folder.parent / "corpus")
+    texts = read(folder.parent / variant.reads)
     if name == "exact-dolma":
         _write_for_dolma(texts, folder / "documents")
-    warm_up = near_llmjax if name == "build-llmjax" else variant.call
-    warm_up(texts[:20], Path(tempfile.mkdtemp(dir=folder.parent)))  # imports and compilation are not the stage
+    for warm_up in (near_llmjax, quality_llmjax) if name == "build-llmjax" else (variant.call,):
+        warm_up(texts[:20], Path(tempfile.mkdtemp(dir=folder.parent)))  # imports and compilation are not the stage
     before, wall = _cpu(), time.perf_counter()
     removed = variant.call(texts, folder)
     return {"cpu": _cpu() - before, "wall": time.perf_counter() - wall, "removed": removed,
@@ -275,50 +278,20 @@ def _cpu() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def true_pairs(texts: Texts) -> tuple[Any, Any]:
-    """Every pair i < j with a Jaccard similarity of at least 0.7, from a sparse product of documents and shingles."""
-    import re
-
-    import numpy as np
-    from scipy.sparse import csr_array
-
-    places: dict[str, int] = {}
-    indptr, indices = [0], []
-    for text in texts:
-        words = re.findall(r"\w+", text.lower())
-        shingles = {" ".join(words[k : k + WORDS]) for k in range(max(len(words) - WORDS + 1, 1))}
-        indices += [places.setdefault(shingle, len(places)) for shingle in shingles]
-        indptr.append(len(indices))
-    counts = csr_array((np.ones(len(indices), np.int32), indices, indptr), shape=(len(texts), len(places)))
-    sizes, found = np.diff(indptr), []
-    for start in range(0, len(texts), 500):
-        shared = (counts[start : start + 500] @ counts.T).tocoo()
-        left = shared.row + start
-        alike = shared.data >= JACCARD * (sizes[left] + sizes[shared.col] - shared.data)
-        found.append(np.stack([left, shared.col])[:, alike & (left < shared.col)])
-    pairs = np.concatenate(found, axis=1)
-    return pairs[0], pairs[1]
-
-
-def judge(removed: Removed, pairs: tuple[Any, Any]) -> dict[str, float]:
-    """Precision and recall of removed documents (see the top of this file)."""
-    import numpy as np
-
-    gone, partnered = np.array(sorted(removed), np.int64), np.union1d(*pairs)
-    found = np.isin(pairs[0], gone) | np.isin(pairs[1], gone)
-    return {"precision": float(np.isin(gone, partnered).mean()), "recall": float(found.mean())}
-
-
-def prepare(corpus: Path, folder: Path) -> None:
-    """What variants find beside their folder: the corpus, an exam to keep out, a tokenizer."""
+def prepare(corpus: Path, folder: Path, *, part: int) -> None:
+    """What variants find beside their folder: the corpus and a part of it, an exam to keep out, a tokenizer."""
     from llmjax.core.sections import TokenizerConfig
     from llmjax.data.tokenizer import train_tokenizer
 
-    (folder / "corpus").symlink_to(corpus.resolve())
-    texts = read(corpus)
+    files = sorted(corpus.resolve().glob("*.parquet"))
+    for name, some in (("all", files), ("part", files[:part])):
+        (folder / name).mkdir()
+        for file in some:
+            (folder / name / file.name).symlink_to(file)
+    texts = read(folder / "part")
     exam = [{"id": str(i), "text": " ".join(texts[i].split()[:60])} for i in range(0, len(texts), 97)]
     (folder / "exam.jsonl").write_text("".join(json.dumps(item) + "\n" for item in exam))
-    train_tokenizer(texts, TokenizerConfig(kind="byte_bpe", vocab_size=32_000), folder / "tokenizer")
+    train_tokenizer(texts[::TOKENIZER_SHARE], TokenizerConfig(kind="byte_bpe", vocab_size=32_000), folder / "tokenizer")
 
 
 def measure(name: str, folder: Path, peer_python: str) -> dict[str, Any]:
@@ -340,6 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has datatrove and dolma")
+    parser.add_argument("--part", type=int, default=None, help="files that stages with peers see (default all)")
     parser.add_argument("--only", default=",".join(VARIANTS), help="comma-separated variants")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--work", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -347,29 +321,30 @@ def main() -> None:
     if args.work:
         print(json.dumps(work(args.work, args.corpus)))
         return
-    texts = read(args.corpus)
-    size = sum(len(text.encode()) for text in texts) / 1e6
-    print(f"{len(texts):,} documents, {size:.1f} MB, one thread")
-    figures: dict[str, Any] = {"documents": len(texts), "mb": size}
-    pairs = true_pairs(texts) if "near-" in args.only else None
+    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        prepare(args.corpus, Path(scratch))
+        folder = Path(scratch)
+        prepare(args.corpus, folder, part=args.part)
+        sizes = {reads: sum(len(text.encode()) for text in read(folder / reads)) / 1e6 for reads in ("part", "all")}
+        texts = read(folder / "part")
+        print(f"{sizes['all']:.1f} MB; stages with peers see {sizes['part']:.1f} of them, {len(texts):,} documents")
+        pairs = true_pairs(texts) if "near-" in args.only else None
         for name in args.only.split(","):
-            figures[name] = found = measure(name, Path(scratch), args.peer_python)
-            removed = found.pop("removed", None)
+            figures[name] = found = measure(name, folder, args.peer_python)
+            removed, found["mb"] = found.pop("removed", None), sizes[VARIANTS[name].reads]
             if pairs and removed is not None and name.startswith("near-"):
                 found |= judge(removed, pairs)
-            print(_line(name, found, size), flush=True)
+            print(_line(name, found), flush=True)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def _line(name: str, found: dict[str, Any], size: float) -> str:
+def _line(name: str, found: dict[str, Any]) -> str:
     variant = VARIANTS[name]
     if "missing" in found:
         return f"{variant.stage:32} {name:22} not measured: {found['missing']}"
     judged = f"  precision {found['precision']:.3f} recall {found['recall']:.3f}" if "precision" in found else ""
-    return (f"{variant.stage:32} {name:22} {size / found['cpu']:8.2f} MB/CPU-s {found['cpu']:8.1f} CPU-s "
+    return (f"{variant.stage:32} {name:22} {found['mb'] / found['cpu']:8.2f} MB/CPU-s {found['cpu']:8.1f} CPU-s "
             f"{found['peak_mb']:6.0f} MB peak{judged}")  # fmt: skip
 
 

@@ -50,9 +50,9 @@ class CurationConfig:
     pii: Literal["keep", "redact", "drop"] = "keep"  # personal data and secrets
     repeated_lines: int = 0  # documents that may hold a line before it goes from the others; 0: any number
     repeated_words: int = 0  # a run of so many words stays only where it comes first; 0: it stays
-    perplexity_model: str = ""  # a folder of `train_ngrams`; with it documents above `max_perplexity` are dropped
+    perplexity_model: str = ""  # a file of `data scorer`; with it documents above `max_perplexity` are dropped
     max_perplexity: float = 1000.0
-    quality_model: str = ""  # a file of `train_classifier`; with it the best `quality_keep` stay, exactly
+    quality_model: str = ""  # a file of `data scorer`; with it the best `quality_keep` stay, exactly
     quality_keep: float = 0.1
     toxicity: str = ""  # module:function that scores a list of texts from 0 to 1
     max_toxicity: float = 0.5
@@ -71,6 +71,7 @@ class DataConfig:
     min_bytes: int = 200  # shorter documents are dropped
     max_bytes: int = 2_000_000  # longer ones too
     near_duplicate_jaccard: float = 0.7  # 5-word shingles; 0 switches near-deduplication off
+    near_duplicate_bloom_mb: int = 0  # memory of the filters that then take the place of verified pairs (LSHBloom)
     licence: str = "stated by the user"  # recorded for sources given as bare paths
     curation: CurationConfig = CurationConfig()
     seq_len: int = 512  # tokens in a row; with an encoder, in a row of its sources

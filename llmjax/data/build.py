@@ -50,9 +50,9 @@ _BATCHING = {"path", "seq_len", "target_len", "batch_size", "shuffle_seed", "mix
 # What shapes the folder beside the config: our modules and the libraries.
 _CODE = ("registry.py", "governance.py", "read.py", "formats.py", "clean.py", "boilerplate.py", "filters.py",
          "census.py", "repeats.py", "language.py", "quality.py", "words.py", "compiled_words.py", "repetition.py",
-         "scoring.py", "pii.py", "shingles.py", "compiled.py", "dedup.py", "decontaminate.py", "curate.py",
-         "embedded.py", "tokenizer.py", "tokenizer_backends.py",
-          "tokenizer_train.py", "tokenizer_extend.py", "byte_level.py", "shards.py", "build.py")
+         "scoring.py", "pii.py", "shingles.py", "compiled.py", "dedup.py", "lsh_bloom.py", "decontaminate.py",
+         "curate.py", "embedded.py", "tokenizer.py", "tokenizer_backends.py", "tokenizer_train.py",
+         "tokenizer_extend.py", "byte_level.py", "shards.py", "build.py")
 _VERSIONED = ("numpy", "pyarrow", "sentencepiece", "xxhash")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from llmjax.core.errors import RunError
 from llmjax.core.sections import DataConfig
-from llmjax.data import decontaminate, dedup
+from llmjax.data import decontaminate, dedup, lsh_bloom
 from llmjax.data.census import below_documents
 from llmjax.data.clean import Clean, Length, Name
 from llmjax.data.decontaminate import Benchmark, Items
@@ -162,8 +162,7 @@ def curate(config: DataConfig, sources: list[Source], holdouts: list[Source], fo
     size = sum(unit.file.path.stat().st_size for unit in units if unit.file.path.is_file()) / MEGABYTE
     progress("read", 1.0, f"{len(units):,} files, {size:.1f} MB")
     progress("dedup", 0.0)
-    paths = [unit_path(folder, unit.number, "signatures") for unit in units]
-    duplicates = engine.duplicates(paths, threshold=config.near_duplicate_jaccard)
+    duplicates = _duplicates([unit_path(folder, unit.number, "signatures") for unit in units], config, engine)
     progress("dedup", 1.0, f"{len(duplicates):,} duplicates found")
     leaks = _leaks(folder, units, items, config)
     corpus = _decide(folder, units, duplicates, leaks, items, config, train_stages)
@@ -215,6 +214,13 @@ def holdout_items(folder: Path, units: Sequence[Unit]) -> Items | None:
 def _run(engine: Engine, prepare: Prepare, units: Sequence[Unit], progress: Any) -> None:
     for done, _ in enumerate(engine.map(prepare, units), start=1):
         progress(done / len(units))
+
+
+def _duplicates(signatures: Sequence[Path], config: DataConfig, engine: Engine) -> pa.Table:
+    threshold, num_bytes = config.near_duplicate_jaccard, int(config.near_duplicate_bloom_mb * MEGABYTE)
+    if threshold and num_bytes:
+        return lsh_bloom.find(signatures, threshold=threshold, num_bytes=num_bytes)
+    return engine.duplicates(signatures, threshold=threshold)
 
 
 def _leaks(folder: Path, units: Sequence[Unit], items: Items | None, config: DataConfig) -> pa.Table:
@@ -290,7 +296,7 @@ def _decisions(table: pa.Table, duplicates: _Rows, leaks: _Rows, first_train: in
         jaccard = duplicates.table["jaccard"][place].as_py()
         kept[row], score[row] = duplicates.table["kept"][place].as_py(), np.nan if jaccard is None else jaccard
         decision[row] = (("exact" if jaccard is None else "near") + "_duplicate"
-                         + ("_of_holdout" if kept[row] < first_train else ""))
+                         + ("_of_holdout" if 0 <= kept[row] < first_train else ""))
     for row, place in leaks.of(order):
         if not decision[row]:
             decision[row], score[row] = "leak", leaks.table["share"][place].as_py()

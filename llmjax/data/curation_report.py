@@ -80,7 +80,7 @@ def _clusters(corpus: Corpus) -> str:
     members: dict[int, list[str]] = collections.defaultdict(list)
     for table in corpus.removals():
         for row in table.to_pylist():
-            if "duplicate" in row["decision"]:
+            if "duplicate" in row["decision"] and row["kept"] >= 0:
                 members[row["kept"]].append(row["id"])
     largest = sorted(members.items(), key=lambda item: (-len(item[1]), item[0]))[:CLUSTERS]
     rows = "".join(f"<tr><td>{html.escape(corpus.id_of(kept))}<td class=n>{len(ids):,}"

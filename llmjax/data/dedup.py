@@ -89,8 +89,8 @@ def find(table: pa.Table, *, threshold: float) -> pa.Table:
         return exact.append_column("jaccard", pa.nulls(len(exact), pa.float64()))
     copies = np.isin(_numpy(table["order"]), _numpy(exact["order"]))
     table = table.filter(pa.array(~copies)).sort_by("order") if copies.any() else table.sort_by("order")
-    order, bands = _numpy(table["order"]), _bands(table)
-    pairs = _unique_pairs(_agreeing(bands[:, band]) for band in range(bands.shape[1]))
+    order, keys = _numpy(table["order"]), bands(table)
+    pairs = _unique_pairs(_agreeing(keys[:, band]) for band in range(keys.shape[1]))
     shingles, sketches = _shingles(table), _sketches(table)
     pairs = pairs[_alike(pairs, shingles, sketches, threshold=threshold)]
     roots = _roots(pairs, len(table))
@@ -161,6 +161,12 @@ def band_keys(sketches: np.ndarray, *, threshold: float) -> np.ndarray:
         keys = mix(keys ^ sketches[:, row::rows])
     keys[sketches[:, 0] == _EMPTY] = 0
     return keys
+
+
+def bands(table: pa.Table) -> np.ndarray:
+    """(documents, bands) int64: the keys of a table of signatures."""
+    column = table["bands"].combine_chunks()
+    return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
 
 
 def _sketch(shingles: Ragged, sketches: np.ndarray) -> None:
@@ -251,12 +257,6 @@ def _follow(exact: pa.Table, near: pa.Table) -> pa.Table:
 
 def _numpy(column: pa.ChunkedArray) -> np.ndarray:
     return column.to_numpy()
-
-
-def _bands(table: pa.Table) -> np.ndarray:
-    """(documents, bands)."""
-    column = table["bands"].combine_chunks()
-    return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
 
 
 def _sketches(table: pa.Table) -> np.ndarray:

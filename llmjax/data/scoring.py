@@ -39,7 +39,8 @@ class Ngrams:
 
     def save(self, path: Path) -> None:
         """Write the counts."""
-        np.savez_compressed(path, words=self.words, pairs=self.pairs)
+        with path.open("wb") as file:
+            np.savez_compressed(file, words=self.words, pairs=self.pairs)
 
     @classmethod
     def load(cls, path: Path) -> Ngrams:
@@ -87,7 +88,8 @@ class Classifier:
 
     def save(self, path: Path) -> None:
         """Write the weights."""
-        np.savez_compressed(path, weights=self.weights, bias=self.bias)
+        with path.open("wb") as file:
+            np.savez_compressed(file, weights=self.weights, bias=self.bias)
 
     @classmethod
     def load(cls, path: Path) -> Classifier:

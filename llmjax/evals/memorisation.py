@@ -17,6 +17,8 @@ from llmjax.data.shards import TokenStore
 from llmjax.evals.score import Span, score
 from llmjax.models import decoder
 
+SAMPLES = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class Memorisation:
@@ -33,7 +35,7 @@ class Memorisation:
         return self.verbatim / self.samples
 
 
-def probe(model: decoder.Model, params: Params, store: TokenStore, *, samples: int = 256, prefix: int = 32,
+def probe(model: decoder.Model, params: Params, store: TokenStore, *, samples: int = SAMPLES, prefix: int = 32,
           suffix: int = 32, seed: int = 0) -> Memorisation:
     """Probe documents of a store, drawn without replacement; RunError when none is long enough."""
     long_enough = np.flatnonzero(store.lengths >= prefix + suffix)

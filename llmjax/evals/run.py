@@ -9,13 +9,15 @@ from typing import Any
 
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.data.build import data_folder
-from llmjax.evals import bits, text_metrics
+from llmjax.data.shards import TokenStore
+from llmjax.evals import bits, memorisation, text_metrics
 from llmjax.evals.extras import require
 from llmjax.serve.load import Loaded
 
 Results = dict[str, float]
 OnBatch = Callable[[int, int], None]
 MAX_NEW_TOKENS = 128  # of a completion that is compared with a reference
+PROBE_TOKENS = 64  # of a training document, half of them shown, or fewer where the context is shorter
 
 
 class Evaluation:
@@ -91,11 +93,19 @@ def run_harness(evaluation: Evaluation, tasks: Sequence[str]) -> dict[str, Resul
 
 
 def read_holdout(path: Path) -> list[bits.Document]:
-    """The documents that `data build` kept from training."""
+    """The documents that `data build` kept from training. RunError where it kept none."""
+    if documents := find_holdout(path):
+        return documents
+    raise RunError(f"{path} holds no document, so there is no text to score: name some with --files, or keep some from "
+                   "training with data.holdouts or data.holdout_fraction=0.05")
+
+
+def find_holdout(path: Path) -> list[bits.Document]:
+    """The documents that `data build` kept from training, if any."""
     import pyarrow.parquet as pq
 
     if not path.exists():
-        raise RunError(f"{path}: no such file; this run kept no holdout, so name texts with --files")
+        return []
     table = pq.ParquetFile(path).read(columns=["id", "text"])  # read_table would import pandas
     return [bits.Document(row["id"], row["text"]) for row in table.to_pylist()]
 
@@ -141,9 +151,19 @@ def _text_metric(name: str, evaluation: Evaluation) -> Results:
     return text_metrics.METRICS[name](predictions, references) | {"pairs": len(predictions)}
 
 
+def _memorisation(evaluation: Evaluation) -> Results:
+    """Training documents that the model continues word for word; `--limit` says how many are tried."""
+    half = min(PROBE_TOKENS, evaluation.loaded.model.config.max_seq_len) // 2
+    store = TokenStore.open(data_folder(evaluation.config.data, evaluation.workdir) / "shards")
+    found = memorisation.probe(evaluation.loaded.model, evaluation.loaded.params, store, prefix=half, suffix=half,
+                               samples=evaluation.limit or memorisation.SAMPLES)
+    return {"verbatim_share": found.share, "matched_tokens": found.matched, "samples": found.samples}
+
+
 TASKS: dict[str, Callable[[Evaluation], Results]] = {
     "bpb": _bpb,
     "perplexity": _perplexity,
+    "memorisation": _memorisation,
     "bleu": functools.partial(_text_metric, "bleu"),
     "rouge": functools.partial(_text_metric, "rouge"),
 }

@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from llmjax.core.errors import ConfigError
-from llmjax.verbs import data_folder, data_mix, data_synth
+from llmjax.verbs import data_folder, data_mix, data_scorer, data_synth
 from llmjax.verbs.common import add_run_arguments, open_run
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ EXCERPT = 60  # characters of a segment shown to people; --json has all of it
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join([*ACTIONS, "synth"]))
+    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join([*ACTIONS, *WITHOUT_RUN]))
     build = actions.add_parser(
         "build", help="raw documents to token shards",
         description="Read, clean, deduplicate and hold out documents, train the tokenizer and write token shards.",
@@ -41,13 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for action in actions.choices.values():
         add_run_arguments(action)
         action.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    data_synth.add_actions(actions)  # the one that needs no run
+    data_synth.add_actions(actions)
+    data_scorer.add_actions(actions)
 
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     """Do the chosen action; returns the exit status."""
-    if args.action == "synth":
-        return data_synth.synth(args)
+    if args.action in WITHOUT_RUN:
+        return WITHOUT_RUN[args.action](args)
     args.overrides = overrides
     config, workdir = open_run(args, overrides)
     return ACTIONS[args.action](config, workdir, args)
@@ -125,3 +126,4 @@ def _segment_record(segment: Segment, text: str) -> dict[str, Any]:
 
 
 ACTIONS = {"build": _build, "show": _show, **data_folder.ACTIONS, "mix": data_mix.mix}
+WITHOUT_RUN = {"synth": data_synth.synth, "scorer": data_scorer.scorer}

@@ -19,7 +19,7 @@ from llmjax.core.task import Params
 from llmjax.data.build import data_folder
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.evals import bits
-from llmjax.evals.run import read_holdout
+from llmjax.evals.run import find_holdout
 from llmjax.models import flops
 from llmjax.models.decoder import Model
 from llmjax.plan import predicted
@@ -96,7 +96,7 @@ class Session:
         results: dict[str, Any] = {"steps": steps, "num_params": flops.num_params(run.model.config),
                                    "device": _devices()}
         holdout = data_folder(config.data, self._workdir) / "holdout.parquet"
-        if holdout.exists() and (documents := read_holdout(holdout)):
+        if documents := find_holdout(holdout):
             results |= _held_out(documents, run.model, params, tokenizer, config.eval,
                                  config.eval.seq_len or config.data.seq_len)
         if config.eval.prompt:

@@ -8,28 +8,34 @@ import random
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llmjax.core.errors import ConfigError
 from llmjax.core.sections import DataConfig, TokenizerConfig
+from llmjax.data import engine_spark
 from llmjax.data.build import build
+from llmjax.data.engine_spark import SparkEngine
 from llmjax.data.engines import open_engine
 
-pytestmark = pytest.mark.slow
 TOKENIZER = TokenizerConfig(vocab_size=400, train_bytes=100_000)
 WORDS = [f"{a}{b}{c}" for a in ("fen", "mor", "tal", "wic") for b in ("a", "o", "ie") for c in ("rd", "st", "lm", "")]
+# Two executors, each a Java process of its own with a worker; little is compiled, for it would run a few times only.
+MASTER = "local-cluster[2,1,1024]"
+SETTINGS = {"spark.executor.memory": "700m", "spark.sql.codegen.wholeStage": "false"} | dict.fromkeys(
+    ("spark.driver.extraJavaOptions", "spark.executor.extraJavaOptions"), "-XX:TieredStopAtLevel=1")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def engine():
     pytest.importorskip("pyspark")
-    with open_engine("spark:local[2,4]") as spark:
+    with SparkEngine(MASTER, settings=SETTINGS) as spark:
         yield spark
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> DataConfig:
-    """Six files of articles; copies and chains of near copies across them, an exam, and leaks of it."""
+    """Four files of articles; copies and chains of near copies across them, an exam, and a leak of it."""
     rng = random.Random(0)
     folder = tmp_path_factory.mktemp("corpus")
     texts = [" ".join(rng.choices(WORDS, k=150)) for _ in range(120)]
@@ -42,8 +48,8 @@ def corpus(tmp_path_factory) -> DataConfig:
     exam = " ".join(rng.choices(WORDS, k=40))
     texts += [f"{texts[50]} {exam} {texts[51]}"]
     rng.shuffle(texts)
-    for part in range(6):
-        records = [json.dumps({"id": f"{part}-{i}", "text": text}) for i, text in enumerate(texts[part::6])]
+    for part in range(4):
+        records = [json.dumps({"id": f"{part}-{i}", "text": text}) for i, text in enumerate(texts[part::4])]
         (folder / f"{part}.jsonl").write_text("\n".join(records))
     (folder / "exam.jsonl").write_text(json.dumps({"id": "exam", "text": exam}))
     return DataConfig(sources=f"{folder}/[0-9].jsonl", holdouts=f"{folder}/exam.jsonl", holdout_fraction=0.1)
@@ -59,39 +65,46 @@ def contents(folder: Path) -> dict[str, str]:
             for path in folder.rglob("*") if path.is_file()}  # fmt: skip
 
 
-def test_the_folder_is_the_same_to_the_byte(engine, corpus, embedded, tmp_path):
-    manifest = build(corpus, TOKENIZER, tmp_path / "spark", engine=engine)
-    assert contents(tmp_path / "spark") == embedded
-    assert {"exact_duplicate", "near_duplicate", "leak"} <= manifest.dropped.keys()
-
-
-def die_once(function, marker: Path, item):
-    """`function`, but the first process that comes here is killed in the middle of its work."""
-    result = function(item)
+def die_once(function, marker: Path, process, *args, **settings):
+    """`function`, but the first time the named process is killed in the middle of the work."""
+    result = function(*args, **settings)
     try:
         marker.touch(exist_ok=False)
     except FileExistsError:
         return result
-    return os.kill(os.getpid(), signal.SIGKILL)
+    return os.kill(process(), signal.SIGKILL)
+
+
+def executor() -> int:
+    """The Java process that this Python process works for: the parent of the parent of all its workers."""
+    return psutil.Process(os.getppid()).ppid()
 
 
 class Deadly:
-    """An engine of which one worker dies while it works."""
+    """An engine of which a Python worker dies while it prepares the corpus, and an executor right after."""
 
-    def __init__(self, engine, marker: Path):
-        self._engine, self._marker = engine, marker
+    def __init__(self, engine, folder: Path):
+        self._engine, self._folder = engine, folder
         self.duplicates = engine.duplicates
 
     def map(self, function, items):
-        return self._engine.map(functools.partial(die_once, function, self._marker), items)
+        for name, process in (("worker", os.getpid), ("executor", executor)):
+            function = functools.partial(die_once, function, self._folder / name, process)
+        return self._engine.map(function, items)
 
 
-def test_a_killed_worker_changes_nothing(engine, corpus, embedded, tmp_path):
-    build(corpus, TOKENIZER, tmp_path / "spark", engine=Deadly(engine, tmp_path / "died"))
-    assert (tmp_path / "died").exists()
+@pytest.mark.slow
+def test_whoever_dies_the_folder_is_the_same_to_the_byte(engine, corpus, embedded, tmp_path, monkeypatch):
+    """A worker and an executor die while documents are prepared, an executor with its shuffles in the pairs' check."""
+    monkeypatch.setattr(engine_spark, "_verify", functools.partial(
+        die_once, engine_spark._verify, tmp_path / "verify", executor))
+    manifest = build(corpus, TOKENIZER, tmp_path / "spark", engine=Deadly(engine, tmp_path))
+    assert all((tmp_path / name).exists() for name in ("worker", "executor", "verify"))
     assert contents(tmp_path / "spark") == embedded
+    assert {"exact_duplicate", "near_duplicate", "leak"} <= manifest.dropped.keys()
 
 
+@pytest.mark.slow
 def test_components_are_those_of_a_plain_search(engine):
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components as reference

@@ -5,14 +5,18 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from llmjax import cli
 from llmjax.core.errors import RunError
+from llmjax.data.shards import Document, write_store
 from llmjax.evals import bits, run
+from llmjax.serve.engine import Engine
 from llmjax.serve.load import load_workdir
+from llmjax.serve.sampling import SamplingParams
 from tests.evals.test_harness import TEXT, write_tasks
 from tests.evals.test_harness_peer import make_workdir
 
@@ -92,6 +96,20 @@ def test_bleu_and_rouge_of_given_and_generated_texts(workdir, tmp_path, capsys):
     assert evaluate(capsys, *flags)[1]["rouge"]["rouge1"] == 1
 
 
+def test_memorisation_is_probed_on_the_shards_of_the_run(workdir, capsys):
+    loaded, half = load_workdir(workdir), run.PROBE_TOKENS // 2
+    shown = list(range(5, 5 + half))
+    params = SamplingParams(max_new_tokens=half, temperature=0.0)
+    learnt = [*shown, *Engine(loaded.model, loaded.params).generate(shown, params).token_ids]
+    other = [*shown, *((token + 1) % 260 for token in learnt[half:])]
+    documents = [Document(f"{i:032x}", np.array(ids)) for i, ids in enumerate((learnt, other, shown))]
+    write_store(workdir / "data" / "shards", documents, vocab_size=loaded.model.config.vocab_size)
+    flags = (f"--workdir={workdir}", "--tasks=memorisation")
+    found = evaluate(capsys, *flags)[1]["memorisation"]
+    assert (found["verbatim_share"], found["samples"]) == (0.5, 2)
+    assert evaluate(capsys, *flags, "--limit=1")[1]["memorisation"]["samples"] == 1
+
+
 @pytest.mark.parametrize(("flags", "status", "message"), [
     (["--tasks=bleu"], 2, "need --files"),
     (["--tasks="], 2, "--tasks is empty"),
@@ -107,8 +125,12 @@ def test_wrong_use_is_one_clear_line(workdir, capsys, flags, status, message):
 
 
 def test_no_holdout_says_what_to_name(tmp_path):
-    with pytest.raises(RunError, match="name texts with --files"):
-        run.read_holdout(tmp_path / "holdout.parquet")
+    path = tmp_path / "holdout.parquet"
+    for make in (lambda: None, lambda: pq.write_table(pa.table({"id": [""], "text": [""]}).slice(1), path)):
+        make()
+        assert run.find_holdout(path) == []
+        with pytest.raises(RunError, match="name some with --files, or keep some from training with data.holdouts or"):
+            run.read_holdout(path)
 
 
 @pytest.mark.slow
