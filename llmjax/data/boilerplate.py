@@ -9,14 +9,15 @@ _BEGINS = (re.compile(r"^\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG.*?\*\*\
            re.compile(r"^\*END\*?[ \t]?THE SMALL PRINT!.*?\*END\*[ \t]*$", re.M | re.I | re.S))
 _ENDS = (re.compile(r"^\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG", re.M | re.I),
          re.compile(r"^End of (?:the |this )?Project Gutenberg(?:'s|’s)? ", re.M | re.I))
+# Credits end at a blank line a few lines on, else with their own: the text of a page may have no blank line at all.
 _CREDITS = re.compile(r"\A\s*(?:E-?text (?:prepared|produced) by|(?:This e-?text was )?Produced by"
-                      r"|\[?Transcriber.s Notes?:?).*?(?:\n{2,}|\Z)", re.I | re.S)
+                      r"|\[?Transcriber.s Notes?:?)(?:(?:[^\n]*\n){1,6}?\n+|[^\n]*(?:\n|\Z))", re.I)
 MAX_HEAD = 30_000  # characters in which a beginning is looked for: a book may quote such a line later
 
 _MENU = re.compile(r"^\s*(?:(?:home|about(?: us)?|contact(?: us)?|log ?in|sign (?:in|up)|register|subscribe|menu|search"
                    r"|share|tweet|print|next|previous|skip to (?:main )?content|back to top|privacy policy"
                    r"|terms (?:of (?:use|service)|and conditions)|cookie (?:policy|settings)|all rights reserved\.?"
-                   r"|read more|©.*|copyright ©.*)\s*[|•·»>]?\s*)+$", re.I)
+                   r"|read more|©.*|copyright ©.*)[\s|•·»>]*)+$", re.I)
 
 
 def strip_boilerplate(text: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmjax.core.errors import RunError
+from llmjax.core.errors import ConfigError, RunError
 from llmjax.data.embedded import Embedded
 from llmjax.data.stage import Item, Result
 
@@ -57,6 +57,17 @@ class RayEngine:
     def duplicates(self, signatures: Sequence[Path], *, threshold: float) -> pa.Table:
         """As the embedded engine."""
         return Embedded().duplicates(signatures, threshold=threshold)
+
+
+def open_ray(spec: str) -> RayEngine:
+    """The engine that `ADDRESS,NAME=AMOUNT,...` stands for; ConfigError for devices that are not named so."""
+    address, *devices = spec.split(",")
+    try:
+        resources = {name: float(amount) for name, amount in (device.split("=") for device in devices)}
+    except ValueError:
+        raise ConfigError(f"--engine=ray:{spec}: devices are named as in ray:,num_gpus=1 or ray:ADDRESS,TPU=4"
+                          ) from None
+    return RayEngine(address, resources=resources)
 
 
 def _options(resources: dict[str, float]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The engines by name: `embedded`, `spark[:MASTER]` and `ray[:ADDRESS]`, opened and closed."""
+"""The engines by name: `embedded[:WORKERS]`, `spark[:MASTER]`, `ray[:ADDRESS][,DEVICE=N...]`, opened and closed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def open_engine(spec: str) -> Iterator[Engine]:
         with SparkEngine(address) as spark:
             yield spark
     elif name == "ray":
-        from llmjax.data.engine_ray import RayEngine
+        from llmjax.data.engine_ray import open_ray
 
-        with RayEngine(address) as ray:
+        with open_ray(address) as ray:
             yield ray
     else:
         raise ConfigError(f"--engine={spec}: no such engine; there are {', '.join(get_args(EngineName))}, each with an "

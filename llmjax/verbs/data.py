@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Read, clean, deduplicate and hold out documents, train the tokenizer and write token shards.",
         epilog="example: llmjax data build --config=configs/quickstart.py --workdir=runs/quickstart")
     build.add_argument("--engine", default="embedded", metavar="NAME[:ADDRESS]",
-                       help="embedded[:WORKERS] (the default), spark[:MASTER] or ray[:ADDRESS]")
+                       help="embedded[:WORKERS] (the default), spark[:MASTER] or ray[:ADDRESS][,DEVICE=N] (the devices "
+                            "that each task asks for, as in ray:,num_gpus=1)")
     show = actions.add_parser(
         "show", help="a past batch, with its documents, their sources and licences",
         description="Rebuild the batch of a step of a run and name the documents it was made of.",

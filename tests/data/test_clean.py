@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmjax.data.boilerplate import strip_boilerplate
 from llmjax.data.clean import clean, length_fault
 
 # Text rich in what cleaning touches: line ends, blanks, controls, marks that compose, half characters.
@@ -43,3 +44,26 @@ def test_verbatim_python_means_the_same():
 @pytest.mark.parametrize(("num_bytes", "reason"), [(9, "too_short"), (10, None), (20, None), (21, "too_long")])
 def test_length_limits_are_inclusive(num_bytes, reason):
     assert length_fault(num_bytes, min_bytes=10, max_bytes=20) == reason
+
+
+BOOK = "Chapter one.\n\nIt was produced by hand.\nHome\n\nThe end."
+HEAD, TAIL = (f"*** {edge} OF THIS PROJECT GUTENBERG EBOOK A BOOK ***" for edge in ("START", "END"))
+
+
+@pytest.mark.parametrize("credits", ["", "Produced by A. Person\nand others.\n\n", "E-text prepared by A. Person\n\n",
+                                     "Transcriber's Note: spelling is kept.\n\nProduced by A. Person\n\n"])
+def test_what_a_library_adds_goes_and_the_book_stays(credits):
+    text = f"Terms of use.\n\n{HEAD}\n\n\n{credits}{BOOK}\n\n{TAIL}\nMore terms."
+    assert strip_boilerplate(text) == BOOK.replace("Home\n", "")
+    assert strip_boilerplate(strip_boilerplate(text)) == strip_boilerplate(text)
+
+
+def test_credits_in_a_text_without_blank_lines_are_one_line():
+    body = "\n".join(f"Line {number} of the book." for number in range(200))
+    assert strip_boilerplate(f"{HEAD}\nProduced by A. Person\n{body}\n{TAIL}") == body
+
+
+def test_a_text_of_nobodys_library_is_left_alone():
+    text = "A text about *** END OF things.\nShare of the market | 3\nHome is where the heart is.\n"
+    text += "home " * 60 + "and away"  # which a careless pattern would take for ever to read
+    assert strip_boilerplate(text) == text

@@ -1,14 +1,9 @@
 """Curation on Spark equals the embedded one to the byte, whatever dies on the way."""
 
 import functools
-import hashlib
 import json
-import os
 import random
-import signal
-from pathlib import Path
 
-import psutil
 import pytest
 
 from llmjax.core.errors import ConfigError
@@ -17,6 +12,7 @@ from llmjax.data import engine_spark
 from llmjax.data.build import build
 from llmjax.data.engine_spark import SparkEngine
 from llmjax.data.engines import open_engine
+from tests.data.engines import Deadly, contents, die_once, executor
 
 TOKENIZER = TokenizerConfig(vocab_size=400, train_bytes=100_000)
 WORDS = [f"{a}{b}{c}" for a in ("fen", "mor", "tal", "wic") for b in ("a", "o", "ie") for c in ("rd", "st", "lm", "")]
@@ -60,45 +56,13 @@ def embedded(corpus, tmp_path_factory) -> dict[str, str]:
     return contents(build(corpus, TOKENIZER, tmp_path_factory.mktemp("embedded")).folder)
 
 
-def contents(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in folder.rglob("*") if path.is_file()}  # fmt: skip
-
-
-def die_once(function, marker: Path, process, *args, **settings):
-    """`function`, but the first time the named process is killed in the middle of the work."""
-    result = function(*args, **settings)
-    try:
-        marker.touch(exist_ok=False)
-    except FileExistsError:
-        return result
-    return os.kill(process(), signal.SIGKILL)
-
-
-def executor() -> int:
-    """The Java process that this Python process works for: the parent of the parent of all its workers."""
-    return psutil.Process(os.getppid()).ppid()
-
-
-class Deadly:
-    """An engine of which a Python worker dies while it prepares the corpus, and an executor right after."""
-
-    def __init__(self, engine, folder: Path):
-        self._engine, self._folder = engine, folder
-        self.duplicates = engine.duplicates
-
-    def map(self, function, items):
-        for name, process in (("worker", os.getpid), ("executor", executor)):
-            function = functools.partial(die_once, function, self._folder / name, process)
-        return self._engine.map(function, items)
-
-
 @pytest.mark.slow
 def test_whoever_dies_the_folder_is_the_same_to_the_byte(engine, corpus, embedded, tmp_path, monkeypatch):
     """A worker and an executor die while documents are prepared, an executor with its shuffles in the pairs' check."""
     monkeypatch.setattr(engine_spark, "_verify", functools.partial(
         die_once, engine_spark._verify, tmp_path / "verify", executor))
-    manifest = build(corpus, TOKENIZER, tmp_path / "spark", engine=Deadly(engine, tmp_path))
+    deadly = Deadly(engine, tmp_path, deaths=("worker", "executor"))
+    manifest = build(corpus, TOKENIZER, tmp_path / "spark", engine=deadly)
     assert all((tmp_path / name).exists() for name in ("worker", "executor", "verify"))
     assert contents(tmp_path / "spark") == embedded
     assert {"exact_duplicate", "near_duplicate", "leak"} <= manifest.dropped.keys()

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from llmjax.cli import main
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.sections import CurationConfig, DataConfig, TokenizerConfig
 from llmjax.data.build import build
@@ -57,13 +58,21 @@ def shouting(texts):
     return [float(text.isupper()) for text in texts]
 
 
-def test_a_build_keeps_the_best_tenth_after_dropping_the_toxic_and_unlikely(prose, tmp_path):
+def write(path, texts):
+    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def test_a_build_keeps_the_best_tenth_after_dropping_the_toxic_and_unlikely(prose, tmp_path, capsys):
     novel, sums = prose
-    Classifier.train(novel[:100], sums[:100]).save(tmp_path / "quality.npz")
-    Ngrams.train(novel[:100] + sums[:100]).save(tmp_path / "ngrams.npz")
+    good, bad = write(tmp_path / "good.jsonl", novel[:120]), write(tmp_path / "bad.jsonl", sums[:120])
+    assert main(["data", "scorer", f"--good={good}", f"--bad={bad}", f"--out={tmp_path}/quality.npz", "--json"]) == 0
+    learnt = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert learnt["learnt_from"] + learnt["tried_on"] == 240 and learnt["accuracy"] > 0.95
+    assert main(["data", "scorer", f"--good={good},{bad}", f"--out={tmp_path}/ngrams.npz", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["high_perplexity"] < 50_000
     texts = [*novel[200:230], *sums[200:230], novel[231].upper(), "zxq vbn " * 200]
-    lines = [json.dumps({"id": i, "text": text}) for i, text in enumerate(texts)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    write(tmp_path / "a.jsonl", texts)
     curation = CurationConfig(quality_model=f"{tmp_path}/quality.npz", quality_keep=0.1, max_perplexity=50_000,
                               perplexity_model=f"{tmp_path}/ngrams.npz", toxicity=f"{__name__}:shouting")
     config = DataConfig(sources=f"{tmp_path}/a.jsonl", holdout_fraction=0, curation=curation)
@@ -85,6 +94,12 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         stage(documents_schema().empty_table())
 
 
+def test_a_scorer_of_too_little_is_one_line(tmp_path, capsys):
+    assert main(["data", "scorer", f"--good={write(tmp_path / 'a.jsonl', ['x'])}", f"--out={tmp_path}/m.npz"]) == 1
+    assert "1 documents are too few to learn from and to try on" in capsys.readouterr().err
+    assert not (tmp_path / "m.npz").exists()
+
+
 def test_lsh_bloom_finds_copies_in_bounded_memory(prose):
     novel, sums = prose
     texts = novel[:300] + sums[:300]
@@ -94,3 +109,18 @@ def test_lsh_bloom_finds_copies_in_bounded_memory(prose):
     assert filter_.repeated(near).mean() > 0.97
     assert filter_.repeated(["", ""]).tolist() == [False, False]
     assert filter_.repeated(["another text of the day", "another text of the day"]).tolist() == [False, True]
+
+
+def test_a_build_in_bounded_memory_drops_copies_and_near_copies_and_spares_the_holdout(prose, tmp_path):
+    novel, sums = prose
+    near = [text.replace(" the ", " that ", 1) + " the end of it" for text in novel[:100:5]]
+    exam = write(tmp_path / "exam.jsonl", novel[99:100])
+    texts = write(tmp_path / "a.jsonl", [*novel[:100], *sums[:100], *near, *sums[:7]])
+    config = DataConfig(sources=str(texts), holdouts=str(exam), holdout_fraction=0, near_duplicate_jaccard=0.8,
+                        near_duplicate_bloom_mb=2)
+    manifest = build(config, TokenizerConfig(vocab_size=400), tmp_path / "out")
+    assert manifest.dropped == {"exact_duplicate": 7, "exact_duplicate_of_holdout": 1, "near_duplicate": 20}
+    records = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    near = {int(record["id"]) for record in records if record["reason"] == "near_duplicate"}
+    assert near == set(range(200, 220))
+    assert all(("kept_id" in record) == record["reason"].startswith("exact") for record in records)
