@@ -55,6 +55,13 @@ def check_objective(config: Config) -> None:
             raise ConfigError(f"data.{field}={value!r}: with task.objective.name={objective.name!r} there is none")
     if config.model.encoder_layers and config.stages:
         raise ConfigError(f"stages: {len(config.stages)} of them: with model.encoder_layers rows have one length")
+    if config.eval.prompt and mask == "bidirectional":
+        raise ConfigError(f"eval.prompt={config.eval.prompt!r}: an encoder alone continues no text; '' fits")
     if config.task.label_smoothing and config.model.logit_softcap:
         raise ConfigError(f"task.label_smoothing={config.task.label_smoothing}: with model.logit_softcap="
                           f"{config.model.logit_softcap} 0 fits")
+
+
+def predicts_from_left(model: ModelConfig) -> bool:
+    """Whether a model gives a text alone a probability, token by token, and so bits for each byte."""
+    return not model.encoder_layers and model.attention.mask == "causal"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmjax.core.errors import ConfigError, RunError
+from llmjax.core.objective_rules import predicts_from_left
 from llmjax.data.build import data_folder
 from llmjax.data.shards import TokenStore
 from llmjax.evals import bits, memorisation, text_metrics
@@ -45,6 +47,9 @@ class Evaluation:
     def corpus(self) -> bits.CorpusScore:
         """The documents scored under the window that the config names."""
         config = self.config
+        if not predicts_from_left(config.model):
+            raise ConfigError("--tasks=bpb and perplexity are of models that predict from left to right alone; "
+                              "--tasks=loss is of this one")
         return bits.score_documents(self.loaded.model, self.loaded.params, self.documents, tokenizer=self.tokenizer,
                                     seq_len=config.eval.seq_len or config.data.seq_len, stride=config.eval.stride,
                                     on_batch=self.on_batch)
@@ -146,6 +151,15 @@ def _perplexity(evaluation: Evaluation) -> Results:
     return {"perplexity": corpus.perplexity, "byte_perplexity": 2**corpus.bits_per_byte, "tokens": corpus.num_tokens}
 
 
+def _loss(evaluation: Evaluation) -> Results:
+    """Mean loss of a target under the objective that the run was trained with."""
+    from llmjax.evals.held_out import held_out_loss
+
+    with tempfile.TemporaryDirectory() as folder:
+        return held_out_loss(evaluation.config, evaluation.loaded.model, evaluation.loaded.params,
+                             evaluation.documents, tokenizer=evaluation.tokenizer, folder=Path(folder) / "held_out")
+
+
 def _text_metric(name: str, evaluation: Evaluation) -> Results:
     predictions, references = evaluation.pairs
     return text_metrics.METRICS[name](predictions, references) | {"pairs": len(predictions)}
@@ -163,6 +177,7 @@ def _memorisation(evaluation: Evaluation) -> Results:
 TASKS: dict[str, Callable[[Evaluation], Results]] = {
     "bpb": _bpb,
     "perplexity": _perplexity,
+    "loss": _loss,
     "memorisation": _memorisation,
     "bleu": functools.partial(_text_metric, "bleu"),
     "rouge": functools.partial(_text_metric, "rouge"),

@@ -214,6 +214,8 @@ def _optimiser(config: Config) -> str:
 def result_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     """What was measured on held-out documents, as name and value."""
     rows = []
+    if "held_out_loss" in results:
+        rows.append(("held-out loss, nats a target", f"**{results['held_out_loss']:.4f}**"))
     if "bits_per_byte" in results:
         rows.append(("bits per byte", f"**{results['bits_per_byte']:.4f}**"))
     if "gzip_bits_per_byte" in results:

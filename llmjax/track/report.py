@@ -122,6 +122,8 @@ def _inline(facts: Facts, width: plots.Width) -> str:
 def _figures(facts: Facts) -> list[tuple[str, str]]:
     """The few numbers that come first, as label and value."""
     results, figures = facts.results, []
+    if "held_out_loss" in results:
+        figures.append(("held-out loss, nats a target", f"{results['held_out_loss']:.4f}"))
     if "bits_per_byte" in results:
         figures.append(("held-out bits per byte", f"{results['bits_per_byte']:.4f}"))
     if "gzip_bits_per_byte" in results:

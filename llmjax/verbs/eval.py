@@ -16,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: llmjax eval --workdir=runs/quickstart --tasks=bpb,perplexity"
     add_run_arguments(parser)
     parser.add_argument("--tasks", default="bpb", metavar="NAMES",
-                        help="comma-separated: bpb, perplexity, memorisation (training documents continued word for "
-                             "word), bleu, rouge, and for lm-evaluation-harness a task file (YAML), a folder of them "
-                             "or a name it knows (default bpb)")
+                        help="comma-separated: bpb, perplexity, loss (the run's own), memorisation (training documents "
+                             "continued word for word), bleu, rouge, and for lm-evaluation-harness a task file (YAML), "
+                             "a folder of them or a name it knows (default bpb)")
     parser.add_argument("--files", default="", metavar="FILES",
                         help="texts for bpb and perplexity in place of the workdir's holdout; for bleu and rouge JSONL "
                              "with `reference` and `prediction`, or `prompt` for the model to complete")

@@ -13,17 +13,20 @@ import numpy as np
 
 from llmjax.core import config as configs
 from llmjax.core.files import write_json
+from llmjax.core.objective_rules import predicts_from_left
 from llmjax.core.processes import first_alone, whole
 from llmjax.core.sections import Config, EvalConfig
 from llmjax.core.task import Params
 from llmjax.data.build import data_folder
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.evals import bits
+from llmjax.evals.held_out import held_out_loss
 from llmjax.evals.run import find_holdout
 from llmjax.models import flops
 from llmjax.models.decoder import Model
 from llmjax.plan import predicted
 from llmjax.serve.engine import Engine
+from llmjax.serve.load import prompt_ids
 from llmjax.serve.sampling import SamplingParams
 from llmjax.track import goodput
 from llmjax.track.carbon import CarbonMeter
@@ -97,8 +100,7 @@ class Session:
                                    "device": _devices()}
         holdout = data_folder(config.data, self._workdir) / "holdout.parquet"
         if documents := find_holdout(holdout):
-            results |= _held_out(documents, run.model, params, tokenizer, config.eval,
-                                 config.eval.seq_len or config.data.seq_len)
+            results |= self._held_out(documents, run.model, params, tokenizer)
         if config.eval.prompt:
             results["sample"] = _sample(config.eval.prompt, Engine(run.model, params, tokenizer=tokenizer), tokenizer)
         results["prediction"] = _prediction(config, self._workdir)
@@ -108,6 +110,17 @@ class Session:
         self._enter("evaluation", ", ".join(f"{name} {value:.4g}" for name, value in results.items()
                                                     if isinstance(value, float)))
         print("\n".join([*_lines(results), "written: " + ", ".join(map(str, written))]))
+
+
+    def _held_out(self, documents: list[bits.Document], model: Model, params: Params,
+                  tokenizer: Tokenizer) -> dict[str, Any]:
+        """Bits per byte where texts are predicted from left to right, else the objective's own loss."""
+        config = self._config
+        if predicts_from_left(config.model):
+            return _bits(documents, model, params, tokenizer, config.eval, config.eval.seq_len or config.data.seq_len)
+        folder = self._workdir / "held_out"
+        return {"held_out_documents": len(documents),
+                **held_out_loss(config, model, params, documents, tokenizer=tokenizer, folder=folder)}  # fmt: skip
 
 
 def enter_changes(config: Config, workdir: Path) -> None:
@@ -137,6 +150,9 @@ def _lines(results: dict[str, Any]) -> list[str]:
     if "bits_per_byte" in results:
         lines.append(f"held-out bits per byte {results['bits_per_byte']:.4f} "
                      f"({results['held_out_documents']} documents)")
+    if "held_out_loss" in results:
+        lines.append(f"held-out loss {results['held_out_loss']:.4f} nats a target "
+                     f"({results['held_out_documents']} documents)")
     if "gzip_bits_per_byte" in results:
         lines.append(f"gzip -9, file by file   {results['gzip_bits_per_byte']:.4f} "
                      f"({1 - results['bits_per_byte'] / results['gzip_bits_per_byte']:+.1%} saved)")
@@ -145,8 +161,8 @@ def _lines(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _held_out(documents: list[bits.Document], model: Model, params: Params, tokenizer: Tokenizer,
-              config: EvalConfig, seq_len: int) -> dict[str, Any]:
+def _bits(documents: list[bits.Document], model: Model, params: Params, tokenizer: Tokenizer,
+          config: EvalConfig, seq_len: int) -> dict[str, Any]:
     """Bits per byte and perplexity of whole documents, beside a file compressor's."""
     stages = Stages("eval")
     scored = bits.score_documents(model, params, documents, tokenizer=tokenizer, seq_len=seq_len, stride=config.stride,
@@ -162,4 +178,5 @@ def _held_out(documents: list[bits.Document], model: Model, params: Params, toke
 def _sample(prompt: str, engine: Engine, tokenizer: Tokenizer) -> str:
     """A completion of the prompt, nucleus-sampled so that a small model does not loop."""
     params = SamplingParams(max_new_tokens=96, temperature=0.7, top_p=0.9, seed=0)
-    return prompt + engine.generate([tokenizer.bos_id, *tokenizer.encode(prompt)], params).text
+    text = engine.generate(prompt_ids(prompt, tokenizer, engine.model.config), params).text
+    return f"{prompt} -> {text}" if engine.model.config.encoder_layers else prompt + text
