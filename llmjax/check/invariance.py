@@ -146,15 +146,26 @@ def compare(found: Measured, wanted: Measured, *, mesh: str, seconds: float) -> 
 
 
 def synthetic_batch(config: Config, *, seed: int) -> Batch:
-    """Random tokens in packed rows: documents of many lengths, padding at the end of rows."""
+    """Random tokens in packed rows: documents of many lengths, padding at the end of rows, with sources or prefixes."""
     rng = np.random.default_rng(seed)
-    shape = B, T = config.data.batch_size, config.data.seq_len
+    B, model = config.data.batch_size, config.model
+    shape = B, config.data.target_len or config.data.seq_len
+    targets = rng.integers(0, model.vocab_size, shape).astype(np.int32)
+    batch = _synthetic_rows(rng, shape, "BT", vocab_size=model.vocab_size) | {"targets_BT": targets}
+    batch["weights_BT"] = (batch["segment_ids_BT"] > 0).astype(np.float32)
+    if model.encoder_layers:
+        batch |= _synthetic_rows(rng, (B, config.data.seq_len), "BS", vocab_size=model.vocab_size)
+    if model.attention.mask == "prefix":
+        batch["prefix_BT"] = (batch["positions_BT"] < shape[1] // 8).astype(np.int32)
+    return batch
+
+
+def _synthetic_rows(rng: np.random.Generator, shape: tuple[int, int], letters: str, *, vocab_size: int) -> Batch:
+    T = shape[1]
     starts = rng.random(shape) < 4 / T
     starts[:, 0] = True
-    segment_ids = np.cumsum(starts, axis=1)
     first = np.maximum.accumulate(np.where(starts, np.arange(T), 0), axis=1)
-    real = np.arange(T) < rng.integers(T // 2, T + 1, (B, 1))
-    tokens = rng.integers(0, config.model.vocab_size, (B, T + 1))
-    return {"tokens_BT": tokens[:, :-1].astype(np.int32), "targets_BT": tokens[:, 1:].astype(np.int32),
-            "positions_BT": (np.arange(T) - first).astype(np.int32), "weights_BT": real.astype(np.float32),
-            "segment_ids_BT": np.where(real, segment_ids, 0).astype(np.int32)}
+    real = np.arange(T) < rng.integers(T // 2, T + 1, (shape[0], 1))
+    return {f"tokens_{letters}": rng.integers(0, vocab_size, shape).astype(np.int32),
+            f"positions_{letters}": (np.arange(T) - first).astype(np.int32),
+            f"segment_ids_{letters}": np.where(real, np.cumsum(starts, axis=1), 0).astype(np.int32)}

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 
 from llmjax.core import tree
-from llmjax.core.model_sections import ModelConfig
+from llmjax.core.model_sections import AttentionConfig, ModelConfig
 from llmjax.models.groups import layer_groups
 
 # Dense bf16 peaks in FLOP/s of one JAX device, by a part of its `device_kind`, the first match counting.
@@ -51,24 +51,51 @@ def num_matmul_params(config: ModelConfig) -> float:
     return declared + again * config.vocab_size * config.dim
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Model FLOPs of one training token, forward and backward, at context `seq_len`.
+def flops_per_token(config: ModelConfig, seq_len: int, *, target_len: int = 0) -> float:
+    """Model FLOPs of one training token, forward and backward, at context `seq_len`; with an encoder, of one token of a
+    source, the work on `target_len` targets (by default as many) beside `seq_len` such tokens being spread over them.
 
     6 for every parameter in a matrix product (2 forward, 4 backward; Kaplan et al. 2020, section 2.1) plus attention's
     two products with the keys that a query reaches: over the causal half of the context on average (seq_len + 1) / 2,
     fewer in a window. Recomputation (rematerialisation) is not model work and does not count; what ends of documents
-    within packed rows spare, attention and further tokens, is not subtracted.
+    within packed rows spare, attention and further tokens, is not subtracted, nor keys ahead that a prefix sees added.
     """
     latent = config.latent
     dims = 2 * config.head_dim  # of queries and keys, and of values
     if latent.kv_lora_rank:
         dims = latent.qk_nope_head_dim + latent.qk_rope_head_dim + latent.v_head_dim
-    keys = sum(_mean_keys(seq_len, config.attention.window if span == "local" else 0) for span in _spans(config))
+    if config.encoder_layers:
+        return _beside_an_encoder(config, dims, seq_len=seq_len, target_len=target_len or seq_len) / seq_len
+    keys = sum(_mean_keys(config.attention, span, seq_len) for span in _spans(config))
     return 6 * num_matmul_params(config) + 6 * config.num_heads * dims * keys
 
 
-def _mean_keys(seq_len: int, window: int) -> float:
+def _beside_an_encoder(config: ModelConfig, dims: int, *, seq_len: int, target_len: int) -> float:
+    """FLOPs of a row: what multiplies sources, what multiplies targets, and the attention of either on what it sees."""
+    of_sources = _num_source_params(config)
+    params = of_sources * seq_len + (num_matmul_params(config) - of_sources) * target_len
+    source_keys = seq_len * config.encoder_layers * seq_len
+    target_keys = target_len * config.num_layers * (_mean_keys(config.attention, "global", target_len) + seq_len)
+    return 6 * params + 6 * config.num_heads * dims * (source_keys + target_keys)
+
+
+@functools.lru_cache(maxsize=64)
+def _num_source_params(config: ModelConfig) -> float:
+    """Parameters that a token of a source is multiplied with: the encoder's, and keys and values of cross-attention."""
+    from llmjax.models.decoder import abstract_model
+
+    model = abstract_model(config)
+    axes = tree.flatten(model.axes)
+    own = [path for path in axes if path[0] == "encoder" or path[-2:] in (("cross", "k"), ("cross", "v"))]
+    sizes = {path: math.prod(leaf.shape) for path, leaf in tree.flatten(model.shapes).items()}
+    return sum(sizes[path] * _share(config, axes[path]) for path in own if _is_multiplied(axes[path]))
+
+
+def _mean_keys(attention: AttentionConfig, span: str, seq_len: int) -> float:
     """Keys that a query sees, averaged over the positions of a row."""
+    window = attention.window if span == "local" else 0
+    if attention.mask == "bidirectional":
+        return seq_len
     if not window or window >= seq_len:
         return (seq_len + 1) / 2
     return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len

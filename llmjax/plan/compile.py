@@ -76,13 +76,18 @@ def abstract_step(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch of packed rows."""
-    shape = (config.data.batch_size, config.data.seq_len)
-    dtypes = dict.fromkeys(INTEGERS, jnp.int32) | {"weights_BT": jnp.float32}
+    """A global batch of packed rows, of targets beside sources where there is an encoder."""
+    data, model = config.data, config.model
+    shape = (data.batch_size, data.target_len or data.seq_len)
+    names = (*INTEGERS, *(("prefix_BT",) if model.attention.mask == "prefix" else ()))
+    dtypes = dict.fromkeys(names, jnp.int32) | {"weights_BT": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+    if model.encoder_layers:
+        source = jax.ShapeDtypeStruct((data.batch_size, data.seq_len), jnp.int32)
+        batch |= {name.replace("BT", "BS"): source for name in INTEGERS if name != "targets_BT"}
     specs = batch_specs(batch)
     return {
-        name: jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, specs[name]))
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, specs[name]))
         for name, leaf in batch.items()
     }
 

@@ -108,7 +108,8 @@ def make_plan(config: Config, topology: Topology, compiled: CompiledStep, *, siz
     """Everything that a compiled step tells."""
     counted = count(compiled, topology)
     tokens = config.data.batch_size * config.data.seq_len
-    flops = flops_per_token(config.model, config.data.seq_len) * tokens / topology.num_chips
+    flops = flops_per_token(config.model, config.data.seq_len, target_len=config.data.target_len) * tokens
+    flops /= topology.num_chips
     hbm, parameters = hbm_bytes(compiled, topology), parameter_rows(config, compiled.mesh)
     hours = topology.num_chips * counted.seconds * config.train.steps / 3600
     spent = cost.run_cost(topology.name.split(":")[0], chip_hours=hours)

@@ -86,7 +86,8 @@ class Reporter:
         devices = self._mesh.devices
         peak = flops.peak_flops(devices.flat[0].device_kind)
         if peak:
-            per_token = flops.flops_per_token(self._model.config, self._config.data.seq_len)
+            per_token = flops.flops_per_token(self._model.config, self._config.data.seq_len,
+                                              target_len=self._config.data.target_len)
             rates["mfu"] = rate * per_token / (peak * devices.size)
         return rates
 

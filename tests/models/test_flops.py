@@ -133,3 +133,18 @@ def test_matmul_flops_equal_what_xla_counts_for_a_plain_layer() -> None:
 )
 def test_peak(kind: str, peak: float | None) -> None:
     assert peak_flops(kind) == peak
+
+
+def test_an_encoder_multiplies_sources_and_the_decoder_targets() -> None:
+    """One layer of each, by hand."""
+    sizes = {"vocab_size": 40, "dim": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 24}
+    config = ModelConfig(**sizes, num_layers=1, encoder_layers=1, activation="relu", positions="none",
+                         compute_dtype="float32")
+    S, T = 12, 7
+    attention, mlp, head = 4 * 16 * 16, 2 * 16 * 24, 16 * 40
+    sources = attention + mlp + 2 * 16 * 16  # the last: keys and values of cross-attention
+    targets = attention + mlp + head + 2 * 16 * 16
+    keys = S * S + T * ((T + 1) / 2 + S)
+    expected = 6 * (sources * S + targets * T) + 6 * 2 * 2 * 8 * keys
+    assert flops_per_token(config, S, target_len=T) * S == pytest.approx(expected)
+    assert num_params(config) == num_matmul_params(config) + 40 * 16 + 16 * (2 + 1 + 3 + 1)  # embedding and norms
