@@ -45,6 +45,7 @@ CONFIGS = {
     "sparse": sparse(num_shared_experts=1, jitter=0.1, balance_loss=0.1, z_loss=0.01),
     "balanced": sparse(router_bias="balancing", score="sigmoid"),
     "latent": change(model={"latent": LATENT}),
+    "encoder-decoder": change(model={"encoder_layers": 2, "positions": "relative"}, data={"target_len": 16}),
 }
 MESHES = {
     "fsdp along a torus": MeshConfig(data=1, fsdp=8, torus="2x2x2"),
@@ -68,4 +69,5 @@ SLOW = [
     ("dropout", "all_gather"), ("dropout", "1f1b"),
     ("sparse", "expert"), ("sparse", "1f1b"), ("sparse", "ring"), ("balanced", "expert"),
     ("latent", "ZeRO-1"), ("latent", "gpipe"), ("latent", "ring"),
+    ("encoder-decoder", "ZeRO-1"), ("encoder-decoder", "fsdp along a torus"),
 ]  # fmt: skip
