@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+AUTO = {"T5Config": "AutoModelForSeq2SeqLM", "BertConfig": "AutoModelForMaskedLM"}  # else AutoModelForCausalLM
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 LLAMA = {"vocab_size": 128_256, "num_key_value_heads": 8}
@@ -32,6 +33,8 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
                                           "num_attention_heads": 40, "num_key_value_heads": 8}),
     "mixtral_8x7b": ("MixtralConfig", {}),
     "deepseek_v3": ("DeepseekV3Config", {}),
+    "t5_base": ("T5Config", {"vocab_size": 32_128, "d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}),
+    "bert_base": ("BertConfig", {}),
     "gpt3_175b": ("GPT2Config", {"vocab_size": 50_304, "n_positions": 2048, "n_embd": 12_288, "n_layer": 96,
                                  "n_head": 96}),
 }  # fmt: skip
