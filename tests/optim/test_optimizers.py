@@ -87,7 +87,8 @@ def test_trajectories_equal_those_of_torch(name: str, make: Any) -> None:
             theirs[key].grad = torch.tensor(np.asarray(grad))
         optimizer.step()
         for key, param in theirs.items():
-            np.testing.assert_allclose(found[step][key], param.detach().numpy(), rtol=3e-5, atol=3e-6, err_msg=key)
+            wanted = param.detach().numpy()  # of sizes up to 20: float32 ends at the sixth digit of that
+            np.testing.assert_allclose(found[step][key], wanted, rtol=3e-5, atol=1e-6 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("name", ["lamb", "adafactor", "lion", "adam"])
