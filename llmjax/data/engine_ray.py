@@ -18,12 +18,17 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+# Nothing is reported to anyone; a busy machine may take minutes to start Ray's processes.
+_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_agent_register_timeout_ms": "300000"}
+
+
 class RayEngine:
     """A Ray cluster, one of this machine's own without an address; a context manager that lets go of it."""
 
     def __init__(self, address: str = "", *, resources: dict[str, float] | None = None):
         """`resources`: what each task occupies, for example {"TPU": 4} or {"num_gpus": 1}."""
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         try:
             import ray
         except ImportError:
@@ -33,6 +38,7 @@ class RayEngine:
         ray.init(address=address or None, runtime_env={"env_vars": {"PYTHONPATH": paths}}, include_dashboard=False,
                  log_to_driver=False)
         self._ray = ray
+        _refuse_missing(resources or {}, ray.cluster_resources())
         self._options = _options(resources or {})
 
     def __enter__(self) -> RayEngine:
@@ -68,6 +74,14 @@ def open_ray(spec: str) -> RayEngine:
         raise ConfigError(f"--engine=ray:{spec}: devices are named as in ray:,num_gpus=1 or ray:ADDRESS,TPU=4"
                           ) from None
     return RayEngine(address, resources=resources)
+
+
+def _refuse_missing(resources: dict[str, float], available: dict[str, float]) -> None:
+    """RunError for a device that the cluster does not have: tasks would wait for it without end."""
+    for name, amount in resources.items():
+        if available.get({"num_gpus": "GPU", "num_cpus": "CPU"}.get(name, name), 0) < amount:
+            raise RunError(f"--engine=ray: no machine of the cluster can lend {name}={amount:g}; it has "
+                           f"{', '.join(f'{n}={a:g}' for n, a in available.items() if n in ('CPU', 'GPU', 'TPU'))}")
 
 
 def _options(resources: dict[str, float]) -> dict[str, Any]:

@@ -37,11 +37,11 @@ def corpus(tmp_path_factory) -> DataConfig:
 
 @pytest.fixture(scope="module")
 def engine():
-    ray = pytest.importorskip("ray")
-    pytest.importorskip("ray.data")
-    ray.init(num_cpus=2, resources=dict([DEVICES]), include_dashboard=False, log_to_driver=False)
-    with open_engine(f"ray:auto,{DEVICES[0]}={DEVICES[1]}") as started:
-        yield started
+    pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_OVERRIDE_RESOURCES", json.dumps(dict([DEVICES])))
+        with open_engine(f"ray:,{DEVICES[0]}={DEVICES[1]}") as started:
+            yield started
 
 
 @pytest.mark.slow

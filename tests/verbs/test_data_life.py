@@ -8,7 +8,7 @@ import pytest
 from llmjax.cli import main
 
 WORDS = [a + b for a in ("fen", "mor", "tal", "wic", "bro", "hea") for b in ("ard", "ost", "ielm", "unk", "eth")]
-TINY = {"tokenizer.vocab_size": 330, "data.seq_len": 64, "data.batch_size": 2, "model.num_layers": 1, "model.dim": 16,
+TINY = {"tokenizer.vocab_size": 330, "data.seq_len": 64, "data.batch_size": 8, "model.num_layers": 1, "model.dim": 16,
         "model.num_heads": 2, "model.num_kv_heads": 2, "model.head_dim": 8, "model.mlp_dim": 32, "train.steps": 2,
         "train.log_every": 1, "optim.warmup_steps": 1, "checkpoint.every": 1, "track.tensorboard": "off",
         "track.carbon": "off"}  # fmt: skip
