@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "data": {"sources": "stdlib", "seq_len": 256, "target_len": 64, "batch_size": 16},
         "model": {"num_layers": 2, "encoder_layers": 2, "dim": 128, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32,
                   "mlp_dim": 256, "positions": "relative", "activation": "geglu_tanh", "norm_eps": 1e-6,
-                  "compute_dtype": "float32"},
+                  "attention": {"scale": 1.0}, "compute_dtype": "float32"},
         "optim": {"name": "muon", "learning_rate": 0.01, "schedule": "linear", "warmup_steps": 20},
         "train": {"steps": 200},
         "checkpoint": {"every": 100},

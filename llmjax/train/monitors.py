@@ -19,7 +19,7 @@ from llmjax.core import collectives, tree
 from llmjax.core.mesh import TOKEN_AXES
 from llmjax.core.model_sections import MoEConfig
 from llmjax.core.task import Params
-from llmjax.models.decoder import Model, forward, logits
+from llmjax.models.decoder import Model, forward_batch, logits
 from llmjax.models.stack import Execution
 from llmjax.train.batch import batch_specs
 from llmjax.train.gradients import leaf_specs
@@ -66,6 +66,10 @@ class Trends:
             self._seen[name].clear()
 
 
+READ = (*(f"{name}_{letters}" for letters in ("BT", "BS") for name in ("tokens", "positions", "segment_ids")),
+        "prefix_BT")  # what a forward pass reads of a batch
+
+
 def make_activations(model: Model) -> Callable[..., dict[str, jax.Array]]:
     """(params, batch) -> what a forward pass over the first row of each batch shard shows.
 
@@ -74,8 +78,7 @@ def make_activations(model: Model) -> Callable[..., dict[str, jax.Array]]:
     """
     def local(params: Params, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         first = {name: array[:1] for name, array in rows.items()}
-        out = forward(model, params, first["tokens_BT"], positions_BT=first["positions_BT"],
-                      segment_ids_BT=first["segment_ids_BT"], execution=Execution(watch="attention"))
+        out = forward_batch(model, params, first, execution=Execution(watch="attention"))
         hidden_BTD, look_L = out.hidden_BTD, out.aux["attention"]
         largest = {"activation/largest_logit": jnp.max(jnp.abs(logits(model, params, hidden_BTD))),
                    "attention/largest_score": jnp.max(look_L.largest_score)}
@@ -87,7 +90,7 @@ def make_activations(model: Model) -> Callable[..., dict[str, jax.Array]]:
             "attention/lowest_entropy": jnp.min(entropy_L)}
 
     def activations(params: Params, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        rows = {name: batch[name] for name in ("tokens_BT", "positions_BT", "segment_ids_BT")}
+        rows = {name: batch[name] for name in READ if name in batch}
         return jax.shard_map(local, in_specs=(leaf_specs(params), batch_specs(rows)), out_specs=PartitionSpec(),
                              check_vma=False)(params, rows)
 

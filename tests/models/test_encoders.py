@@ -106,7 +106,7 @@ def test_a_cache_changes_nothing(kind: str) -> None:
         else:
             cache = decoder.init_cache(config, batch_size=2, max_len=T)
         pieces = []
-        for piece in (slice(0, 23), slice(23, T)):
+        for piece in (slice(0, 24), slice(24, T)):  # no prefix is cut
             part = {name: batch[f"{name}_BT"][:, piece] for name in ("positions", "segment_ids")}
             out = decoder.forward(model, params, batch["tokens_BT"][:, piece], positions_BT=part["positions"],
                                   segment_ids_BT=part["segment_ids"], cache=cache,
