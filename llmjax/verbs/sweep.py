@@ -26,7 +26,7 @@ from llmjax.track.progress import Stages, duration
 
 RESULTS, PICTURE, RECORD, LOG = "results.json", "sweep.png", "sweep.json", "train.log"
 POLL_SECONDS = 0.5
-NOT_IN_THE_FOLDER = ("seq_len", "batch_size", "shuffle_seed")  # of `data`: batches are made from the same folder
+NOT_IN_THE_FOLDER = ("seq_len", "target_len", "batch_size", "shuffle_seed")  # of `data`: the folder is the same
 TAIL_SHARE = 0.1  # of the logged steps, whose mean is the final loss: a single step is noise
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmjax.core import config as configs
 from llmjax.core.errors import ConfigError
-from llmjax.core.objective_rules import check_objective
+from llmjax.core.objective_rules import check_objective, complete_data
 from llmjax.core.sections import Config
 from llmjax.verbs.common import add_run_arguments, open_run
 
@@ -38,8 +38,6 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     """Train, evaluate and describe; returns the exit status."""
     config, workdir = open_run(args, overrides)
     config = _with_profile(config, args.profile)
-    if config.task.name == "pretrain" and not config.train.init_from:
-        check_objective(config)
     if _finished(workdir, config):
         print(f"{workdir} has finished its {config.train.steps:,} steps; next: {_next_command(config, workdir)}")
         print(workdir)
@@ -117,7 +115,10 @@ def _tokenizer(config: Config, workdir: Path) -> tuple[Tokenizer, Config]:
 
     parent = config.train.init_from
     model = configs.from_workdir(Path(parent)).model if parent else config.model  # the weights decide
+    config = dataclasses.replace(config, model=model, data=complete_data(config.data, model=model,
+                                                                         objective=config.task.objective))
     if config.task.name == "pretrain":
+        check_objective(config)
         folder = data_folder(config.data, workdir)
         tokenizer_config = dataclasses.replace(config.tokenizer, path=parent or config.tokenizer.path)
         first_alone("data", lambda: build(config.data, tokenizer_config, folder, progress=Stages("data")))
