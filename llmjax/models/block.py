@@ -6,7 +6,7 @@ Letters: B batch, T time, D model width.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -16,12 +16,11 @@ from llmjax.core.model_sections import ModelConfig, Span
 from llmjax.models.attention import Attention, CrossAttention
 from llmjax.models.cache import KVCache, SourcedCache
 from llmjax.models.inputs import BlockInputs
+from llmjax.models.latent_attention import LatentAttention
 from llmjax.models.layers import MLP
+from llmjax.models.moe import MoE
 from llmjax.models.noise import Noise, dropout
 from llmjax.models.norm import Norm
-
-if TYPE_CHECKING:
-    from llmjax.models.latent_attention import LatentAttention
 
 # Statistics and losses of one layer by the name of the part that has them, summed over this device's tokens.
 Aux = dict[str, Any]
@@ -125,17 +124,9 @@ class Block(nnx.Module):
 
 def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> Attention | LatentAttention:
     """The attention that a config asks for."""
-    if config.latent.kv_lora_rank:
-        from llmjax.models.latent_attention import LatentAttention
-
-        return LatentAttention(config, rngs)
-    return Attention(config, rngs)
+    return LatentAttention(config, rngs) if config.latent.kv_lora_rank else Attention(config, rngs)
 
 
-def make_mlp(config: ModelConfig, rngs: nnx.Rngs, *, kind: Literal["dense", "moe"]) -> nnx.Module:
+def make_mlp(config: ModelConfig, rngs: nnx.Rngs, *, kind: Literal["dense", "moe"]) -> MLP | MoE:
     """The MLP, or the mixture of them, of a layer of this kind."""
-    if kind == "moe":
-        from llmjax.models.moe import MoE
-
-        return MoE(config, rngs)
-    return MLP(config, rngs, mlp_dim=config.mlp_dim)
+    return MoE(config, rngs) if kind == "moe" else MLP(config, rngs, mlp_dim=config.mlp_dim)
