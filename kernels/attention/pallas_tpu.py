@@ -31,7 +31,7 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax.Array, *, q_segm
     (B, T, N, H), (S, K, W) = q_BTNH.shape, v_BSKW.shape[1:]
     if terms.bias_NR is not None or T < MIN_QUERIES or H % 8 or W % 8:
         raise NotImplementedError("TPU attention: no biases by distance, at least 16 queries, head dims multiples of 8")
-    tiling = choose_tiling(T, S, bytes_per_key=_bytes_per_key(H, W, q_BTNH.dtype.itemsize))
+    tiling = choose_tiling(T, S, bytes_per_key=bytes_per_key(H, W, q_BTNH.dtype.itemsize))
     static = Static(options, tiling, K, alibi=terms.slopes_N is not None, sinks=terms.sinks_N is not None)
     slots = make_slots(q_segment_ids_BT, kv_segment_ids_BS, q_offset=q_offset, tiling=tiling, options=options,
                        terms=terms)
@@ -44,7 +44,7 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax.Array, *, q_segm
     return out.reshape(B, N, -1, W)[:, :, :T].swapaxes(1, 2)
 
 
-def _bytes_per_key(head_dim: int, value_dim: int, itemsize: int) -> int:
+def bytes_per_key(head_dim: int, value_dim: int, itemsize: int) -> int:
     """Vector memory of a key and its value in the backward kernel: in and out twice each, and a float32 sum."""
     return (round_up(head_dim, LANES) + round_up(value_dim, LANES)) * (2 * itemsize + 2 * itemsize + 4)
 

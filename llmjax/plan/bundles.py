@@ -57,7 +57,16 @@ class Region:
 
     def cycles(self, occupancy: Occupancy) -> float:
         """Cycles of one pass."""
-        total = max(float(self.bundles), self.matmul_cycles)
+        own = max(float(self.bundles), self.matmul_cycles)
+        return own + sum(times * region.cycles(occupancy) for region, times in self._passes(occupancy))
+
+    def matmuls(self, occupancy: Occupancy) -> float:
+        """Of these, how many keep a matrix unit busy."""
+        return self.matmul_cycles + sum(times * region.matmuls(occupancy)
+                                        for region, times in self._passes(occupancy))
+
+    def _passes(self, occupancy: Occupancy) -> Iterator[tuple[Region, float]]:
+        """Inner regions, and how often one pass runs each."""
         body = self._grid_body()
         for region in self.inner:
             if region is body:
@@ -68,8 +77,7 @@ class Region:
                 share = region.trips
             else:
                 share = occupancy.live if any(r.matmul_cycles for r in region.walk()) else occupancy.edge
-            total += share * region.cycles(occupancy)
-        return total
+            yield region, share
 
     def _grid_body(self) -> Region | None:
         """The branch around a kernel's body in the loop over its grid: the largest one, and larger than the rest."""

@@ -98,8 +98,8 @@ def test_values_and_gradients_equal_the_reference(case: str) -> None:
 
 def test_keys_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit into vector memory at once: statistics are carried on, derivatives of queries added."""
-    monkeypatch.setattr(tpu_tiles, "DEFAULT_VMEM", tpu_tiles.TILE_BYTES + 300 * pallas_tpu._bytes_per_key(16, 16, 4))
-    assert tpu_tiles.choose_tiling(640, 640, bytes_per_key=pallas_tpu._bytes_per_key(16, 16, 4)).chunk == 256
+    monkeypatch.setattr(tpu_tiles, "DEFAULT_VMEM", tpu_tiles.TILE_BYTES + 300 * pallas_tpu.bytes_per_key(16, 16, 4))
+    assert tpu_tiles.choose_tiling(640, 640, bytes_per_key=pallas_tpu.bytes_per_key(16, 16, 4)).chunk == 256
     assert_like_the_reference(Case(T=640, N=2, K=1, documents=2, sinks=True))
 
 

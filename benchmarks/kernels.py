@@ -1,0 +1,178 @@
+"""Static time of the kernels beside public ones and the bound of the matrix units: no chip needed, libtpu is.
+
+    python benchmarks/kernels.py [--only=attention,grouped_matmul] [--chips=v5p,v6e]
+    python benchmarks/kernels.py --budgets > kernels/budgets.json
+
+Each line: microseconds of ours, of the public kernel, their ratio, and ours as a share of the chip's peak in bf16.
+Budgets are cycles, spills and trips of the small shapes, which tests/kernels/test_budgets.py holds the kernels to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from llmjax.core.platform import prepare
+
+prepare()
+
+from llmjax.plan import topology
+
+topology.prepare()
+
+import jax
+
+from llmjax.kernels.attention import pallas_tpu, specs
+from llmjax.kernels.grouped_matmul import pallas_tpu as grouped
+from llmjax.kernels.grouped_matmul import specs as grouped_specs
+from llmjax.kernels.grouped_matmul import tpu_plan
+from llmjax.plan.bundles import Occupancy
+from llmjax.plan.kernels import ProgramCost, measure, mesh_of_one
+
+
+def attention_cost(spec: specs.Spec, chip: str) -> ProgramCost:
+    """Forward and backward kernels of ours."""
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> tuple:
+        attend = functools.partial(pallas_tpu.attention, q_segment_ids_BT=ids, kv_segment_ids_BS=ids,
+                                   options=spec.options)
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, pull(out)
+
+    return measure(run, spec.shapes(), chip=chip, occupancy=attention_occupancy(spec, chip))
+
+
+def attention_occupancy(spec: specs.Spec, chip: str) -> dict[str, Occupancy]:
+    """Chunks of keys have kernels of their own backward: their mean stands for each of them."""
+    trips = specs.trips(spec, mesh_of_one(chip))
+    unmasked, masked = float(trips.unmasked.mean()), float(trips.masked.mean())
+    steps = spec.N // spec.K * trips.num_blocks
+    return {"attention_forward": Occupancy(edge=1 / len(trips.masked), trips=(unmasked / 2, masked)),
+            "attention_backward": Occupancy(edge=1 / steps, trips=(unmasked, masked))}
+
+
+def splash_cost(spec: specs.Spec, chip: str) -> ProgramCost:
+    """jax's splash attention with the block sizes that were fastest; it has no table of documents to skip."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    sizes = splash.BlockSizes(
+        block_q=1024, block_kv=1024, block_kv_compute=512, block_q_dkv=1024, block_kv_dkv=1024,
+        block_kv_dkv_compute=512, block_q_dq=1024, block_kv_dq=1024)  # fmt: skip
+    shape, window = (spec.T, spec.T), spec.options.window
+    mask = splash.LocalMask(shape, (window - 1, 0), 0) if window else splash.CausalMask(shape)
+    kernel = splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * spec.N), block_sizes=sizes)
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> tuple:
+        out, pull = jax.vjp(lambda q, k, v: kernel(q, k, v, splash.SegmentIds(ids[0], ids[0])), q, k, v)
+        return out, pull(out)
+
+    shapes = [jax.ShapeDtypeStruct((x.shape[2], x.shape[1], x.shape[3]), x.dtype) for x in spec.shapes()[:3]]
+    tiles = spec.T // 1024
+    seen = sum(min(i + 1, 1 + -(-window // 1024) if window else i + 1) for i in range(tiles))
+    full = Occupancy(live=seen / (tiles * min(tiles, 2 if window else tiles)), edge=1 / tiles)
+    return measure(run, (*shapes, spec.shapes()[3]), chip=chip, occupancy={"": full})
+
+
+def attention_table(chips: list[str], show: Callable[[str], None]) -> None:
+    """Our kernels, splash and the bound."""
+    show(f"{'attention, microseconds':<34}{'chip':>6}{'ours':>9}{'splash':>9}{'ratio':>7}{'of peak':>9}  temporaries")
+    for name, spec in specs.SPECS.items():
+        for chip in chips:
+            ours = attention_cost(spec, chip)
+            public = splash_cost(spec, chip) if spec.H == spec.W else None
+            for part, others, products in (("forward", "fwd", 1.0), ("backward", "_d", 2.5)):
+                seconds = ours.seconds(f"attention_{part}")
+                other = public.seconds(others) if public else float("nan")
+                share = products * spec.flops() / ours.chip.peak_flops / seconds
+                show(f"{name + ', ' + part:<34}{chip:>6}{seconds * 1e6:>9.1f}{other * 1e6:>9.1f}{seconds / other:>7.2f}"
+                     f"{share:>9.0%}  {ours.temp_bytes / 1e6:.1f} MB")
+
+
+def grouped_cost(spec: grouped_specs.Spec, chip: str) -> ProgramCost:
+    """Rows times weights, and both derivatives."""
+    def run(x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple:
+        out, pull = jax.vjp(lambda x, w: grouped.grouped_matmul(x, w, sizes), x, w)
+        return out, pull(out)
+
+    return measure(run, spec.shapes(), chip=chip, occupancy=grouped_occupancy(spec))
+
+
+def grouped_occupancy(spec: grouped_specs.Spec) -> dict[str, Occupancy]:
+    """Even groups share no tile; the table has a step more for each group that might."""
+    tiles = spec.T // tpu_plan.ROWS
+    steps = tiles + spec.E
+    return {"grouped_matmul_rows": Occupancy(live=tiles / steps, edge=0.0),
+            "grouped_matmul_weights": Occupancy(live=tiles / steps, edge=spec.E / steps)}
+
+
+def megablox_seconds(spec: grouped_specs.Spec, chip: str) -> float:
+    """jax's grouped matmul with its fastest tiles, forward; its grid is as long as the data ask."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    tiling = (512, 1024, 1024)
+    steps = (spec.T // 512) * (spec.I // 1024) * (spec.O // 1024)
+    cost = measure(functools.partial(gmm, preferred_element_type=jax.numpy.bfloat16, tiling=tiling), spec.shapes(),
+                   chip=chip, occupancy={"": Occupancy(trips=(steps / (2 if chip in ("v4", "v5p") else 1),),
+                                                       edge=1024 / spec.I)})
+    return cost.seconds("gmm")
+
+
+def grouped_table(chips: list[str], show: Callable[[str], None]) -> None:
+    """Our kernels, megablox and the bound."""
+    show(f"{'grouped matmul, microseconds':<34}{'chip':>6}{'ours':>9}{'megablox':>9}{'ratio':>7}{'of peak':>9}")
+    for name, spec in grouped_specs.SPECS.items():
+        for chip in chips:
+            ours = grouped_cost(spec, chip)
+            forward, backward = (kernel.seconds for kernel in ours.kernels if "rows" in kernel.name)
+            rows = {"forward": (forward, megablox_seconds(spec, chip) if spec.I % 1024 == 0 else float("nan")),
+                    "derivative of the rows": (backward, float("nan")),
+                    "derivative of the weights": (ours.seconds("weights"), float("nan"))}
+            for part, (seconds, other) in rows.items():
+                share = spec.flops() / ours.chip.peak_flops / seconds
+                show(f"{name + ', ' + part:<46}{chip:>6}{seconds * 1e6:>9.0f}{other * 1e6:>9.0f}{seconds / other:>7.2f}"
+                     f"{share:>9.0%}")
+
+
+def budgets(chips: list[str]) -> dict[str, Any]:
+    """What the small shapes take, with the version of the compiler that says so."""
+    found = {}
+    for chip in chips:
+        spec, small = specs.SPECS["4k"], grouped_specs.SPECS["small"]
+        for name, cost, fullness in (
+            ("attention 4k", attention_cost(spec, chip), attention_occupancy(spec, chip)),
+            ("grouped matmul small", grouped_cost(small, chip), grouped_occupancy(small)),
+        ):
+            kernels = {kernel.name: {"cycles": round(kernel.cycles), "spills": kernel.spills,
+                                     "trips": next(one.trips for part, one in fullness.items() if part in kernel.name)}
+                       for kernel in cost.kernels}
+            found[f"{chip} {name}"] = {"temporaries": cost.temp_bytes, "kernels": kernels}
+    return {"libtpu": importlib.metadata.version("libtpu"), "programs": found}
+
+
+TABLES = {"attention": attention_table, "grouped_matmul": grouped_table}
+
+
+def main() -> None:
+    """Print the tables asked for, or the budgets."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(TABLES))
+    parser.add_argument("--chips", default="")
+    parser.add_argument("--budgets", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.budgets:
+        chips = arguments.chips or "v5e,v5p,v6e"
+        print(json.dumps(budgets(chips.split(",")), indent=1))
+        return
+    for name in arguments.only.split(","):
+        TABLES[name]((arguments.chips or "v5p,v6e").split(","), functools.partial(print, flush=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""One program compiled for one chip that is not there, and what its kernels take by their instruction bundles."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llmjax.plan import bundles, program, topology
+from llmjax.plan.bundles import Occupancy
+from llmjax.plan.chips import CHIPS, Chip
+
+HOSTS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCost:
+    """A Pallas kernel of a compiled program."""
+
+    name: str
+    cycles: float
+    seconds: float
+    matmul_share: float  # of the cycles, with a matrix unit busy
+    spills: int  # in its code
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramCost:
+    """A compiled program on one chip."""
+
+    chip: Chip
+    kernels: tuple[KernelCost, ...]
+    other_seconds: float  # the compiler's estimates of all that is no kernel
+    temp_bytes: int
+
+    def seconds(self, part: str) -> float:
+        """Of the kernels that have `part` in their names."""
+        return sum(kernel.seconds for kernel in self.kernels if part in kernel.name)
+
+
+@functools.cache
+def mesh_of_one(chip: str) -> Mesh:
+    """A single chip of its kind."""
+    return Mesh(np.array(topology.load(HOSTS[chip]).devices[:1]), ("data",))
+
+
+def measure(function: Callable, arguments: Any, *, chip: str, occupancy: Mapping[str, Occupancy]) -> ProgramCost:
+    """Compile `function` for shapes; `occupancy` says how full kernels are, by a part of their names."""
+    folder = topology.prepare()
+    for path in folder.glob(f"*{bundles.MARK}"):
+        path.unlink()  # names repeat from program to program
+    mesh = mesh_of_one(chip)
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,
+                                                         sharding=NamedSharding(mesh, PartitionSpec())), arguments)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(function).lower(*placed).compile()
+    instructions = [one for computation in program.parse(compiled.as_text() or "").computations.values()
+                    for one in computation]
+    costs = [_cost(one, CHIPS[chip], occupancy) for one in instructions if one.is_kernel]
+    analysis = compiled.memory_analysis()
+    assert analysis, "the TPU compiler always has one"
+    others = sum(one.cycles for one in instructions if not one.is_kernel)
+    return ProgramCost(CHIPS[chip], tuple(costs), others / CHIPS[chip].clock, analysis.temp_size_in_bytes)
+
+
+def _cost(instruction: program.Instruction, chip: Chip, occupancy: Mapping[str, Occupancy]) -> KernelCost:
+    path = bundles.find_kernel(topology.prepare(), instruction.name)
+    assert path, f"libtpu wrote no bundles of {instruction.name}: was it loaded before?"
+    region = bundles.read_kernel(path.read_text(errors="replace"), chip)
+    fullness = next((one for part, one in occupancy.items() if part in instruction.name), Occupancy())
+    cycles = region.cycles(fullness)
+    return KernelCost(instruction.name, cycles, cycles / chip.clock, region.matmuls(fullness) / cycles,
+                      sum(inner.spills for inner in region.walk()))
