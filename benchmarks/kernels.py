@@ -4,7 +4,7 @@
     python benchmarks/kernels.py --budgets > kernels/budgets.json
 
 Each line: microseconds of ours, of the public kernel, their ratio, and ours as a share of the chip's peak in bf16.
-Budgets are cycles, spills and trips of the small shapes, which tests/kernels/test_budgets.py holds the kernels to.
+Budgets are cycles, spills and trips of the small shapes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from llmjax.core.platform import prepare
 
 prepare()
 
-from llmjax.plan import topology
+from llmjax.plan import topology  # noqa: E402
 
 topology.prepare()
 
-import jax
+import jax  # noqa: E402
 
-from llmjax.kernels.attention import pallas_tpu, specs
-from llmjax.kernels.grouped_matmul import pallas_tpu as grouped
-from llmjax.kernels.grouped_matmul import specs as grouped_specs
-from llmjax.kernels.grouped_matmul import tpu_plan
-from llmjax.plan.bundles import Occupancy
-from llmjax.plan.kernels import ProgramCost, measure, mesh_of_one
+from llmjax.kernels.attention import pallas_tpu, specs  # noqa: E402
+from llmjax.kernels.grouped_matmul import pallas_tpu as grouped  # noqa: E402
+from llmjax.kernels.grouped_matmul import specs as grouped_specs  # noqa: E402
+from llmjax.kernels.grouped_matmul import tpu_plan  # noqa: E402
+from llmjax.plan.bundles import Occupancy  # noqa: E402
+from llmjax.plan.kernels import ProgramCost, measure, mesh_of_one  # noqa: E402
 
 
 def attention_cost(spec: specs.Spec, chip: str) -> ProgramCost:

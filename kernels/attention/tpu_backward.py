@@ -145,6 +145,7 @@ def backward(q_PGTH: jax.Array, dout_PGTW: jax.Array, k_PSH: jax.Array, v_PSW: j
              for chunk in range(k_PSH.shape[1] // static.tiling.chunk)]
     if len(parts) == 1:
         return parts[0]
-    return Derivatives(sum(part.dq_PGTH for part in parts).astype(q_PGTH.dtype),
+    dq_PGTH = functools.reduce(jnp.add, (part.dq_PGTH for part in parts))
+    return Derivatives(dq_PGTH.astype(q_PGTH.dtype),
                        jnp.concatenate([part.dk_PSH for part in parts], axis=1),
                        jnp.concatenate([part.dv_PSW for part in parts], axis=1))

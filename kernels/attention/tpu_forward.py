@@ -67,7 +67,8 @@ class Step:
     start: jax.Array  # distance between the first query and the first key of the chunk
 
     @classmethod
-    def here(cls, static: Static, offset: Any, chunk: jax.Array | int, num_chunks: int) -> Step:
+    def here(cls, static: Static, offset: Any, chunk: jax.Array | int,
+             num_chunks: jax.Array | int) -> Step:
         """Of the grid (P, G, I, ...)."""
         pair, group, block = (pl.program_id(dim) for dim in range(3))
         row, kv_head = pair // static.num_kv_heads, pair % static.num_kv_heads

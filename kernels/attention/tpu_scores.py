@@ -44,7 +44,7 @@ class ScoreRule:
     scale: float
     query_dim: int
 
-    def distances(self, shape: tuple[int, int], start: jax.Array) -> jax.Array:
+    def distances(self, shape: tuple[int, ...], start: jax.Array) -> jax.Array:
         """Slots that each key lies behind each query, where the first key lies `start` behind the first query."""
         rows, columns = (lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (0, 1))
         return start + (rows - columns if self.query_dim == 0 else columns - rows)

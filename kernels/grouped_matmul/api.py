@@ -14,5 +14,11 @@ def grouped_matmul(x_TI: jax.Array, w_EIO: jax.Array, group_sizes_E: jax.Array) 
     I inputs, O outputs, E groups.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    implementation = xla if device is not None and device.platform == "tpu" else blocks
-    return implementation.grouped_matmul(x_TI, w_EIO, group_sizes_E)
+    if device is None or device.platform != "tpu":
+        return blocks.grouped_matmul(x_TI, w_EIO, group_sizes_E)
+    from llmjax.kernels.grouped_matmul import pallas_tpu  # imported where it runs: Pallas takes its time to load
+
+    try:
+        return pallas_tpu.grouped_matmul(x_TI, w_EIO, group_sizes_E)
+    except NotImplementedError:
+        return xla.grouped_matmul(x_TI, w_EIO, group_sizes_E)

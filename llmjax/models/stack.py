@@ -36,7 +36,7 @@ REMAT_POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
 }  # fmt: skip
 
 
-REMAT_NAMES = ("block_input", "attn_out", "mlp_out")
+REMAT_NAMES = ("block_input", "attn_out", "mlp_out", "attention")  # the last: what the TPU kernel leaves, not run again
 
 
 @dataclasses.dataclass(frozen=True)

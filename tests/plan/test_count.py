@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llmjax.plan import count, program
+from llmjax.plan import bundles, count, program
 from llmjax.plan.chips import CHIPS
 from llmjax.plan.collectives import Wires
 from llmjax.plan.count import Collective, StaticKernels, count_step
@@ -191,3 +191,31 @@ def test_bundles_in_loops_and_masked_tiles(tmp_path: Path) -> None:
     assert kernels(twin) == kernels(KERNEL) and kernels.without_bundles == 0
     kernels(dataclasses.replace(KERNEL, name="splash_mha_dq.1"))
     assert kernels.without_bundles == 1
+
+
+FORWARD = dataclasses.replace(
+    KERNEL, name="jvp_attention_forward_.3",
+    text='custom_call_target="tpu_custom_call", operand_layout_constraints={s32[40]{0}, s32[1]{0}, f32[2]{0}, '
+         "f32[2]{0}, s32[1,1,4096]{2,1,0}, s32[1,1,4096]{2,1,0}, bf16[2,1,4096,128]{3,2,1,0}, bf16[2,4096,128]{2,1,0}, "
+         'bf16[2,4096,128]{2,1,0}}, metadata={}, backend_config={"cost_estimate":{"flops":"8589934592"}}')  # fmt: skip
+
+
+def test_tiles_of_our_attention_by_the_flops_it_declares() -> None:
+    """Eight blocks of queries with 1 to 8 tiles: pairs without a mask, and one or two with one."""
+    causal = count.occupancy(FORWARD)
+    assert causal.trips == (1.5, 1.5)
+    everything = dataclasses.replace(FORWARD, text=FORWARD.text.replace("8589934592", "17179869184"))
+    assert count.occupancy(everything).trips == (4.0, 0.0)
+    backward = dataclasses.replace(FORWARD, name="attention_backward.1",
+                                   text=FORWARD.text.replace("8589934592", str(8589934592 * 5 // 2)))
+    assert count.occupancy(backward).trips == (3.0, 1.5) and count.occupancy(backward).edge == 1 / 8
+
+
+def test_loops_that_only_the_data_bound(tmp_path: Path) -> None:
+    nop, matmul = ["{ nop }"], ["{ %v = vmatmul.bf16.gmra.mxu0 %a }"]
+    loops = [["{ /* Start region 1 */ nop }", *matmul * 9, "{ sbr.rel (!%p1) target = $region1 }"],
+             ["{ /* Start region 2 */ nop }", *nop * 19, "{ sbr.rel (!%p2) target = $region2 }"]]
+    dump = "\n".join(f" 0x{index:x}   : > {text}" for index, text in enumerate([*loops[0], *loops[1]]))
+    region = bundles.read_kernel(dump, CHIPS["v5p"])
+    assert region.cycles(bundles.Occupancy(trips=(3.0, 0.5))) == 3 * 9 * 16 + 0.5 * 21
+    assert region.cycles(bundles.Occupancy()) == 9 * 16 + 21
