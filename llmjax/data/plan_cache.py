@@ -1,7 +1,7 @@
 """Pack plans kept beside the data they lay out, under a hash of all they are made of: a restart maps them in.
 
 A plan is a folder of four arrays, written aside, brought to disk and renamed, so that it is whole or absent. Processes
-that make the same one at once write the same bytes.
+and threads that make the same one at once write the same bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def _code_hash() -> str:
 
 
 def _write(plan: PackPlan, place: Path) -> None:
-    staging = place.with_name(f"{place.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    writer = f"{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}"
+    staging = place.with_name(f"{place.name}.{writer}.tmp")
     staging.mkdir(parents=True, exist_ok=True)
     try:
         for name in ARRAYS:
@@ -77,5 +79,5 @@ def _write(plan: PackPlan, place: Path) -> None:
         os.replace(staging, place)
     except OSError:
         shutil.rmtree(staging, ignore_errors=True)
-        if not place.exists():  # another process was first
+        if not place.exists():  # another was first
             raise

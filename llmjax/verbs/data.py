@@ -92,6 +92,7 @@ def _summary(manifest: Manifest) -> str:
 def _show(config: Config, workdir: Path, args: argparse.Namespace) -> int:
     from llmjax.data import interventions
     from llmjax.data.build import data_folder as find_folder
+    from llmjax.data.manifest import Manifest
     from llmjax.data.objective_rows import settings_of
     from llmjax.data.pack import next_token_pieces
     from llmjax.data.stages import open_stream, tokens_by_source
@@ -104,6 +105,7 @@ def _show(config: Config, workdir: Path, args: argparse.Namespace) -> int:
         raise ConfigError(f"task.name={config.task.name!r}: data show follows the packed documents of 'pretrain'")
     folder = find_folder(config.data, workdir)
     timeline = interventions.Timeline.of(interventions.read(workdir))
+    Manifest.load(folder)  # says what to do where nothing was built
     tokenizer = Tokenizer.load(folder)
     objective = settings_of(config, tokenizer)
     pieces = objective.pieces if objective else next_token_pieces

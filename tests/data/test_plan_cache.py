@@ -83,7 +83,7 @@ def test_a_run_that_starts_again_packs_nothing(tmp_path: Path, monkeypatch: pyte
     pq.write_table(pa.table({"source": ["books", "code"] * 30}), tmp_path / "documents.parquet")
     data = DataConfig(seq_len=16, batch_size=4, mixture=mixture)
     before = [stages.open_stream(tmp_path, data, ())(Timeline()).select(step).numbers for step in (0, 30)]
-    for name in ("pack_plan", "pack_spans"):
+    for name in ("pack_in_order", "pack_spans"):
         monkeypatch.setattr(stages, name, lambda *args, **kwargs: pytest.fail("packed again"))
     after = [stages.open_stream(tmp_path, data, ())(Timeline()).select(step).numbers for step in (0, 30)]
     np.testing.assert_array_equal(before, after)

@@ -88,4 +88,4 @@ def test_what_makes_no_sense_is_wrong_use(recipe, tmp_path, capsys, verb, option
 
 def test_show_without_data_says_what_to_do(root, tmp_path, capsys):
     assert main(["data", "show", f"--config={root}/configs/data/from_files.py", f"--workdir={tmp_path}/empty"]) == 1
-    assert "build the data" in capsys.readouterr().err
+    assert "run llmjax data build" in capsys.readouterr().err
