@@ -3,7 +3,7 @@
     llmjax plan --config=configs/gpt3_175b.py --topology=v5p:4x8x8
 
 Hardware: v5p:4x8x8, weights and moments sharded over all 256 chips. Time: 69 days for 300 B tokens at 45 % MFU. Loss:
-1.73 nats a token in the report (figure 3.1); 2.0 by the fit of Hoffmann et al. 2022 (equation 10). Not as in the
+1.73 nats a token by the report's own fit (figure 3.1). Neither is a measurement: no TPU was at hand. Not as in the
 report: all layers attend to everything, where every other one was sparse; the vocabulary is padded from 50,257, for the
 tensor axis; a full batch has 1,536 rows (3.1 M tokens, not 3.2 M).
 """

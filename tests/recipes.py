@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -62,16 +63,14 @@ def lower(name: str) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         step, arguments = abstract_step(config, mesh)
         module = jax.jit(step, donate_argnums=0).lower(*arguments).as_text()
-    state = sum(leaf.dtype.itemsize * _size(leaf.sharding.shard_shape(leaf.shape)) for leaf in
-                jax.tree.leaves(arguments[0]))
+    state = sum(_bytes_a_chip(leaf) for leaf in jax.tree.leaves(arguments[0]))
     return {"recipe": name, "state_bytes": state, "capacity": chips.chip.hbm_bytes, "while": module.count("while")}
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for dim in shape:
-        size *= dim
-    return size
+def _bytes_a_chip(leaf: Any) -> int:
+    """Of an array that is laid out on a mesh; scalars are not."""
+    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    return leaf.dtype.itemsize * math.prod(shape)
 
 
 def main_model(name: str) -> Any:

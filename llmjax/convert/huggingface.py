@@ -30,6 +30,7 @@ from llmjax.core.files import write_json
 from llmjax.core.sections import Config, ModelConfig
 from llmjax.core.task import Params
 from llmjax.data.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, Tokenizer
+from llmjax.models import parametrisation
 from llmjax.models.decoder import abstract_model
 from llmjax.train.checkpoint import read_meta, restore_params, save_params
 
@@ -76,8 +77,9 @@ def export_hf(workdir: Path, out: Path, *, shard_bytes: int = safetensors.SHARD_
         raise RunError(f"{out} is not empty: export into another --out")
     config = configs.from_workdir(workdir).model
     meta = read_meta(workdir / "checkpoints")
-    family = family_of_model(config, preferred=meta.get("family"))
     params = restore_params(workdir / "checkpoints", abstract_model(config).abstract_params(None), weights=weights)
+    config, params = parametrisation.folded(config, params)
+    family = family_of_model(config, preferred=meta.get("family"))
     out.mkdir(parents=True, exist_ok=True)
     write_params(out, params, family=family, model=config, shard_bytes=shard_bytes)
     ids = meta.get("generation")

@@ -34,13 +34,12 @@ def role(names: tuple[str | None, ...]) -> Role:
 
 
 def num_input_dims(names: tuple[str | None, ...]) -> int:
-    """How many dims of one matrix, from the first on, are its inputs: those before the heads that it makes, or all
-    but the last one."""
+    """How many dims of one matrix are its inputs: those before the heads that it makes, else all but the last."""
     own = own_axes(names)
     return next((place for place, name in enumerate(own) if place and name in HEAD_AXES), len(own) - 1)
 
 
-# By optimiser, the power of width over base width that muP multiplies the rate of what has wide inputs by. Adam's and
+# By optimiser, the power of width over base width that muP multiplies the rate of a hidden matrix by. Adam's and
 # Lion's updates have entries of a fixed size, which add up over the inputs (Yang et al. 2022, table 8); Muon's have
 # singular values that grow with the root of the width, where they should not (Yang et al. 2023, arXiv 2310.17813).
 WIDTH_POWERS = {"adamw": -1.0, "adam": -1.0, "lion": -1.0, "muon": -0.5}
@@ -58,7 +57,9 @@ def init_by_width(names: tuple[str | None, ...], *, width: float) -> float:
 
 def rate_by_width(names: tuple[str | None, ...], *, optimizer: str, width: float) -> float:
     """What muP multiplies the rate of a parameter by, at `width` times the base width."""
-    return width ** WIDTH_POWERS[optimizer] if role(names) == "hidden" or _is_router(names) else 1.0
+    if role(names) == "hidden":
+        return width ** WIDTH_POWERS[optimizer]
+    return 1.0 / width if _is_router(names) else 1.0
 
 
 def _is_router(names: tuple[str | None, ...]) -> bool:

@@ -44,3 +44,14 @@ def scaled(config: ModelConfig, params: Params, axes: Any) -> Params:
     """Fresh parameters at the size that their width asks for."""
     m = width(config)
     return params if m == 1.0 else jax.tree.map(lambda leaf, names: leaf * init_by_width(names, width=m), params, axes)
+
+
+def folded(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The same function without a base width, the division of the logits taken into the last norm where it can be."""
+    if not config.mup.base_width:
+        return config, params
+    said = standard(config)
+    if config.norm.scale == "plain" and config.norm.final == "norm":
+        params = params | {"final_norm": {name: leaf / width(config) for name, leaf in params["final_norm"].items()}}
+        said = dataclasses.replace(said, logit_scale=config.logit_scale)
+    return said, params

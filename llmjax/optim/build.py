@@ -64,10 +64,9 @@ def _rule(config: OptimConfig, name: str, *, steps: int, axes: Any, width: float
 
     decay = optax.add_decayed_weights(config.weight_decay, mask=mask)
     direction = DIRECTIONS[name](config, axes)
+    if width != 1.0:  # without the decoupled decay, which is the same at all widths
+        direction = optax.chain(direction, _scale_by_width(axes, optimizer=name, width=width))
     parts = [decay, direction] if name in COUPLED else [direction, decay]
-    if width != 1.0:  # in front of the decay, which is the same at all widths
-        place = parts.index(direction) + 1
-        parts.insert(place, _scale_by_width(axes, optimizer=name, width=width))
     if name in LAYERWISE:
         parts.append(_scale_by_trust_ratio(axes))
     return optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(config, steps=steps, peak=peak)))

@@ -12,6 +12,7 @@ from llmjax.core.roles import role
 
 AxisNames = tuple[str | None, ...]
 
+
 def is_decayed(names: AxisNames) -> bool:
     """Whether weight decay may apply: to matrices, not to norm scales and biases, of heads as of the whole width."""
     return role(names) != "vector"
