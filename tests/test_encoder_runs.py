@@ -44,7 +44,7 @@ def test_a_small_one_learns_on_one_device_and_on_eight(kind: str, tmp_path: Path
     said = llmjax(tmp_path, command_env, *train, "--workdir=one")
     assert "held-out loss" in said
     one, result = metrics(tmp_path / "one", "eval_loss"), json.loads((tmp_path / "one" / "results.json").read_text())
-    assert one == sorted(one, reverse=True) and result["held_out_loss"] < one[0] < math.log(512)
+    assert max(one[-1], result["held_out_loss"]) + 0.1 < one[0] < math.log(512)
     eight_devices = command_env | {"JAX_NUM_CPU_DEVICES": "8"}
     llmjax(tmp_path, eight_devices, *train, *EIGHT, "--workdir=eight", "--config.data.path=one/data")
     eight = metrics(tmp_path / "eight", "eval_loss")

@@ -120,6 +120,7 @@ class Session:
             return _bits(documents, model, params, tokenizer, config.eval, config.eval.seq_len or config.data.seq_len)
         folder = self._workdir / "held_out"
         return {"held_out_documents": len(documents),
+                "held_out_bytes": sum(len(document.text.encode()) for document in documents),
                 **held_out_loss(config, model, params, documents, tokenizer=tokenizer, folder=folder)}  # fmt: skip
 
 
