@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import Mesh
 
 from llmjax.core.config import load as load_config
-from llmjax.core.mesh import FSDP_AXES, make_mesh
+from llmjax.core.mesh import make_mesh
 from llmjax.core.sections import Config, MeshConfig
 from llmjax.models.flops import num_params
 from llmjax.plan import topology
@@ -28,7 +28,7 @@ from llmjax.plan.program import Program, parse
 ROOT = Path(__file__).parents[2]
 BUDGETS = Path(__file__).parent / "budgets.json"
 TOLERANCE = 1.03
-SMALL = 2**20  # bytes a step that nobody budgets: losses, norms, counters
+SMALL = 2**14  # bytes a step that nobody budgets: losses, norms, counters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +45,15 @@ class Case:
         return load_config(str(ROOT / "configs" / f"{self.recipe}.py"), self.overrides)
 
 
+SMALL_VOCABULARY = {"model.vocab_size": "2048", "mesh.data": "1"}
 CASES = {
-    "v5p": Case("llama3_8b", "v5p:4x4x4", {}),
-    "v5e": Case("llama3_8b", "v5e:16x16", {"mesh.fsdp": "64", "mesh.tensor": "4", "data.batch_size": "64"}),
-    "v6e": Case("llama3_8b", "v6e:16x16", {"mesh.fsdp": "256", "data.batch_size": "256"}),
-    "slices": Case("llama3_8b", "v5p:4x4x4", {"mesh.slice": "2", "data.batch_size": "256"}, num_slices=2),
-    "small": Case("quickstart", "v5e:2x4", {"model.vocab_size": "2048", "mesh.fsdp": "4", "mesh.tensor": "2",
-                                            "data.batch_size": "8", "mesh.data": "1"}),
+    "v5p": Case("quickstart", "v5p:4x4x4", SMALL_VOCABULARY | {"mesh.fsdp": "64", "data.batch_size": "64"}),
+    "v5e": Case("quickstart", "v5e:16x16", SMALL_VOCABULARY | {
+        "mesh.fsdp": "64", "mesh.tensor": "2", "mesh.data": "2", "data.batch_size": "128"}),
+    "v6e": Case("quickstart", "v6e:16x16", SMALL_VOCABULARY | {
+        "mesh.fsdp": "32", "mesh.stage": "4", "mesh.tensor": "2", "train.accumulation": "8", "data.batch_size": "256"}),
+    "slices": Case("quickstart", "v5e:4x4", SMALL_VOCABULARY | {
+        "mesh.slice": "2", "mesh.fsdp": "8", "mesh.tensor": "2", "data.batch_size": "32"}, num_slices=2),
 }  # fmt: skip
 
 
@@ -100,6 +102,8 @@ def test_a_step_costs_no_more_than_its_budget(name: str, request: pytest.Fixture
     if request.config.getoption("--update-golden"):
         BUDGETS.write_text(json.dumps(budgets | {name: cost}, indent=2, sort_keys=True) + "\n")
         return
+    if name not in budgets:
+        pytest.skip(f"{name} has no budget yet: --update-golden writes it")
     assert not over(cost, budgets[name])
 
 
@@ -119,7 +123,7 @@ def test_three_percent_more_is_over_budget() -> None:
 
 @pytest.mark.slow
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("name", ["small", "v5p", "v5e", "slices"])
+@pytest.mark.parametrize("name", CASES)
 def test_gradients_are_summed_in_float32(name: str) -> None:
     """Whatever is summed over axes that share no heads is a gradient, a loss or a statistic."""
     one = compiled(name)
@@ -141,10 +145,9 @@ def test_gradients_are_reduce_scattered_and_only_their_shards_cross_slices() -> 
     one, case = compiled("slices"), CASES["slices"]
     across = {name: size for name, size in one.cost.moved.items() if "slice" in name.split(" ")[1].split("+")}
     assert {name.split(" ")[0] for name in across} == {"all-reduce"}, across
-    shard = 4 * num_params(case.config.model) / 64
-    assert sum(across.values()) == pytest.approx(shard, rel=0.02)
-    for axis in FSDP_AXES[:2]:
-        assert one.cost.moved[f"reduce-scatter {axis}"] > 0 and f"all-reduce {axis}" not in one.cost.moved
+    shard = 4 * num_params(case.config.model) / (8 * 2)
+    assert sum(across.values()) == pytest.approx(shard, rel=0.1)
+    assert one.cost.moved["reduce-scatter fsdp"] > 0 and "all-reduce fsdp" not in one.cost.moved
 
 
 @pytest.mark.tpu_compile
