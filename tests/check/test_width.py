@@ -41,7 +41,7 @@ def executed(notebook: Any) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_sizes_are_flat_from_64_to_1024_and_grow_without_mup(executed: dict[str, dict[str, Any]]) -> None:
-    for activation in ("stream", "logits"):
+    for activation in ("stream", "logits"):  # the logits' change may fall: the head's first values count for less
         assert executed["muP"][activation] < FLAT, activation
         assert executed["standard"][activation] > GROWING, activation
 
