@@ -25,7 +25,8 @@ from llmjax.core.errors import RunError
 from llmjax.core.sections import DataConfig, TokenizerConfig
 from llmjax.data import curation_report, shards
 from llmjax.data import manifest as manifests
-from llmjax.data.curate import Corpus, curate
+from llmjax.data.corpus import Corpus
+from llmjax.data.curate import curate
 from llmjax.data.embedded import Embedded
 from llmjax.data.erase import Erase, Erasures
 from llmjax.data.manifest import Manifest, SourceCounts
@@ -51,8 +52,8 @@ _BATCHING = {"path", "seq_len", "target_len", "batch_size", "shuffle_seed", "mix
 _CODE = ("registry.py", "governance.py", "read.py", "formats.py", "clean.py", "boilerplate.py", "filters.py",
          "census.py", "repeats.py", "language.py", "quality.py", "words.py", "compiled_words.py", "repetition.py",
          "scoring.py", "pii.py", "shingles.py", "compiled.py", "dedup.py", "lsh_bloom.py", "decontaminate.py",
-         "curate.py", "embedded.py", "tokenizer.py", "tokenizer_backends.py", "tokenizer_train.py",
-         "tokenizer_extend.py", "byte_level.py", "shards.py", "build.py")
+         "units.py", "corpus.py", "curate.py", "embedded.py", "tokenizer.py", "tokenizer_backends.py",
+         "tokenizer_train.py", "tokenizer_extend.py", "byte_level.py", "shards.py", "build.py")
 _VERSIONED = ("numpy", "pyarrow", "sentencepiece", "xxhash")
 
 

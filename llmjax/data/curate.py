@@ -1,148 +1,40 @@
 """Curation: from sources to the documents to train on, the documents held out, and a reason for every other one.
 
-Units of the corpus are prepared one by one (read, cleaned, judged, signed) into files that a killed build finds again.
-What needs the whole corpus follows: duplicates, and leaks of held-out items. Its decisions are a file too; a corpus is
-read only through them, and only when they account for every document.
+Units of the corpus are prepared one by one (`units`). What needs all of them follows: duplicates, and leaks of held-out
+items. The decisions are a file; a corpus is read only through it, and only when it accounts for every document
+(`corpus`).
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmjax.core.errors import RunError
 from llmjax.core.sections import DataConfig
-from llmjax.data import decontaminate, dedup, lsh_bloom
+from llmjax.data import decontaminate, lsh_bloom
 from llmjax.data.census import below_documents
-from llmjax.data.clean import Clean, Length, Name
-from llmjax.data.decontaminate import Benchmark, Items
-from llmjax.data.filters import filters, of_source
+from llmjax.data.clean import Clean, Length
+from llmjax.data.corpus import DECISIONS, Corpus
+from llmjax.data.decontaminate import Items
+from llmjax.data.filters import filters
 from llmjax.data.progress import Progress
-from llmjax.data.read import batches
-from llmjax.data.registry import Source, SourceFile
+from llmjax.data.registry import Source
 from llmjax.data.scoring import best
-from llmjax.data.stage import UNIT_BITS, Engine, Stage, documents_schema, run_stages, with_column
+from llmjax.data.stage import UNIT_BITS, Engine, Stage
+from llmjax.data.units import NO_ITEMS, Prepare, Unit, make_units, open_table, placed, unit_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 MEGABYTE = 1e6
-DECISIONS = "decisions.arrow"
 MIN_COMMON = 20  # documents that hold a 13-gram before it can count as common
-_KINDS = ("documents", "signatures", "hits")  # a unit's files, the last of them written last
-
-Split = Literal["train", "holdout"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """A file of the corpus, in its place."""
-
-    number: int
-    source: Source
-    file: SourceFile
-    split: Split
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepare:
-    """Reads, cleans, judges and signs one unit into files of `folder`; a finished unit is left as it is."""
-
-    folder: Path
-    stages: dict[Split, tuple[Stage, ...]]
-    threshold: float
-    items: Items | None
-
-    def __call__(self, unit: Unit) -> None:
-        """Write the unit's files."""
-        if not unit_path(self.folder, unit.number, _KINDS[-1]).exists():
-            stages = (*self.stages[unit.split], *of_source(unit.source), Name())
-            tables = (run_stages(rows, stages) for rows in placed(unit))
-            _write_together(self.folder, unit.number, (self._files(unit, table) for table in tables))
-
-    def _files(self, unit: Unit, table: pa.Table) -> tuple[pa.Table, ...]:
-        import pyarrow.compute as pc
-
-        going_on = table.filter(pc.is_null(table["reason"]))
-        items = self.items if unit.split == "train" and self.items else NO_ITEMS
-        return (table, dedup.signatures(going_on, threshold=self.threshold), decontaminate.hits(going_on, items))
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """A curated corpus on disk: documents in the order in which they were read, and what became of the others.
-
-    The holdout is the documents that were named as held out, then those taken from the sources by their hash; the
-    latter also count as dropped, so every document read is kept or dropped, once.
-    """
-
-    folder: Path
-    units: tuple[Unit, ...]
-    read: int
-    dropped: dict[str, int]  # reason -> documents
-    encodings: dict[str, int]
-    stages: tuple[Stage, ...]
-    benchmarks: tuple[Benchmark, ...]
-    items: tuple[str, ...]  # ids of the held-out items, which leaks are named by
-
-    def tables(self, split: Split, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The documents of a split, without text where `columns` leaves it out."""
-        import pyarrow.compute as pc
-
-        wanted = {"train": ("train",), "holdout": ("named", "held_out")}[split]
-        for _, table in self._decided(columns):
-            rows = table.filter(pc.is_in(table["decision"], value_set=_strings(wanted)))
-            if len(rows):
-                yield rows.drop(["decision", "kept", "score", "reason"])
-
-    def removals(self, columns: Sequence[str] = ("order", "id", "source")) -> Iterator[pa.Table]:
-        """Documents of the sources that do not go on, with `decision` (why), `kept` (an order) and `score`."""
-        import pyarrow.compute as pc
-
-        for unit, table in self._decided(columns):
-            if unit.split == "train":
-                yield table.filter(pc.not_equal(table["decision"], "train"))
-
-    def removal_records(self) -> Iterator[dict[str, Any]]:
-        """Each as a line of dropped.jsonl; duplicates and leaks name what they are of, and how alike they are."""
-        for table in self.removals():
-            for row in table.to_pylist():
-                record = {"id": row["id"], "source": row["source"], "reason": row["decision"]}
-                if row["decision"] == "leak":
-                    record |= {"kept_id": self.items[row["kept"]], "share": row["score"]}
-                elif row["kept"] >= 0:
-                    jaccard = None if np.isnan(row["score"]) else row["score"]
-                    record |= {"kept_id": self.id_of(row["kept"]), "jaccard": jaccard}
-                yield record
-
-    def id_of(self, order: int) -> str:
-        """The id of the document at a place."""
-        ids = _ids(unit_path(self.folder, order >> UNIT_BITS, "documents"))
-        return ids[order & (1 << UNIT_BITS) - 1].as_py()
-
-    def _decided(self, columns: Sequence[str] | None) -> Iterator[tuple[Unit, pa.Table]]:
-        decisions = _open(self.folder / DECISIONS)
-        start = 0
-        for unit in self.units:
-            table = _open(unit_path(self.folder, unit.number, "documents"))
-            part = decisions.slice(start, len(table))
-            start += len(table)
-            if not part["order"].equals(table["order"]):
-                raise RunError(f"{self.folder / DECISIONS} is incomplete: build the data again")
-            table = table if columns is None else table.select([*dict.fromkeys((*columns, "reason"))])
-            for name in ("decision", "kept", "score"):
-                table = table.append_column(name, part[name])
-            yield unit, table
-
-
-NO_ITEMS = Items([], [], np.empty(0, np.uint64), decontaminate.Ragged(np.empty(0, np.int64), np.zeros(1, np.int64)))
 
 
 def curate(config: DataConfig, sources: list[Source], holdouts: list[Source], folder: Path, *, engine: Engine,
@@ -181,18 +73,6 @@ def stages(config: DataConfig) -> tuple[Stage, ...]:
             Length(config.min_bytes, config.max_bytes), *filters(wanted))
 
 
-def make_units(holdouts: list[Source], sources: list[Source]) -> list[Unit]:
-    """Every file in its place; held-out ones first, because the first of a group of duplicates stays."""
-    both: list[tuple[Split, list[Source]]] = [("holdout", holdouts), ("train", sources)]
-    files = [(source, file, split) for split, group in both for source in group for file in source.files]
-    return [Unit(number, *rest) for number, rest in enumerate(files)]
-
-
-def unit_path(folder: Path, number: int, kind: str) -> Path:
-    """One of a unit's files."""
-    return folder / f"{number:07}.{kind}.arrow"
-
-
 def is_held_out(doc_id: str, fraction: float) -> bool:
     """Whether a document falls into the held-out share: a matter of its content alone."""
     return int(doc_id[:16], 16) < fraction * 2**64
@@ -204,7 +84,8 @@ def holdout_items(folder: Path, units: Sequence[Unit]) -> Items | None:
 
     if not units:
         return None
-    tables = [_open(unit_path(folder, unit.number, "documents")).select(["id", "source", "text"]) for unit in units]
+    paths = [unit_path(folder, unit.number, "documents") for unit in units]
+    tables = [open_table(path).select(["id", "source", "text"]) for path in paths]
     empty = {unit.source.name for unit in units} - {row for table in tables for row in table["source"].to_pylist()}
     if empty:
         raise RunError(f"data.holdouts: {', '.join(sorted(empty))} holds no item, so nothing would be kept out for it")
@@ -227,9 +108,9 @@ def _leaks(folder: Path, units: Sequence[Unit], items: Items | None, config: Dat
     import pyarrow as pa
 
     train = [unit for unit in units if unit.split == "train"]
-    hits = [_open(unit_path(folder, unit.number, "hits")) for unit in train]
+    hits = [open_table(unit_path(folder, unit.number, "hits")) for unit in train]
     found = pa.concat_tables(hits) if hits else decontaminate.hits(pa.table({"order": [], "text": []}), NO_ITEMS)
-    documents = sum(len(_open(unit_path(folder, unit.number, "signatures"))) for unit in train)
+    documents = sum(len(open_table(unit_path(folder, unit.number, "signatures"))) for unit in train)
     common = max(MIN_COMMON, int(config.curation.common_ngram * documents))
     return decontaminate.verdicts(found, items or NO_ITEMS, share=config.curation.leak_share, max_documents=common)
 
@@ -250,7 +131,7 @@ def _decide(folder: Path, units: Sequence[Unit], duplicates: pa.Table, leaks: pa
     if config.curation.quality_model:
         _drop_worst(folder, units, [decision for decision, _, _ in verdicts], config.curation.quality_keep)
     for unit, (decision, kept, score) in zip(units, verdicts, strict=True):
-        table = _open(unit_path(folder, unit.number, "documents")).select(["order", "reason", "encoding"])
+        table = open_table(unit_path(folder, unit.number, "documents")).select(["order", "reason", "encoding"])
         order = table["order"].to_numpy()
         if unit.split == "train":
             read += len(order)
@@ -269,7 +150,7 @@ def _decide(folder: Path, units: Sequence[Unit], duplicates: pa.Table, leaks: pa
 
 def _verdicts(folder: Path, unit: Unit, duplicates: _Rows, leaks: _Rows, first_train: int,
               config: DataConfig) -> tuple[list[str], np.ndarray, np.ndarray]:
-    table = _open(unit_path(folder, unit.number, "documents")).select(["order", "reason", "doc_id"])
+    table = open_table(unit_path(folder, unit.number, "documents")).select(["order", "reason", "doc_id"])
     if unit.split == "holdout":
         return ["named"] * len(table), np.full(len(table), -1), np.full(len(table), np.nan)
     return _decisions(table, duplicates, leaks, first_train, config.holdout_fraction)
@@ -277,7 +158,7 @@ def _verdicts(folder: Path, unit: Unit, duplicates: _Rows, leaks: _Rows, first_t
 
 def _drop_worst(folder: Path, units: Sequence[Unit], decisions: list[list[str]], keep: float) -> None:
     """Of the documents that would be trained on, leave the best share and call the others low_quality."""
-    scores = [_open(unit_path(folder, unit.number, "documents"))["quality"].to_numpy() if unit.split == "train"
+    scores = [open_table(unit_path(folder, unit.number, "documents"))["quality"].to_numpy() if unit.split == "train"
               else np.empty(0) for unit in units]  # fmt: skip
     places = [(part, row) for part, decision in enumerate(decisions) for row, reason in enumerate(decision)
               if reason == "train"]
@@ -318,36 +199,6 @@ class _Rows:
         return zip(np.searchsorted(order, self.order[start:stop]).tolist(), range(start, stop), strict=True)
 
 
-def placed(unit: Unit) -> Iterator[pa.Table]:
-    """The documents of a unit as they are read, each with its order; of an empty one, a table without rows."""
-    import pyarrow as pa
-
-    begin = first = unit.number << UNIT_BITS
-    for table in batches(unit.source, unit.file):
-        yield with_column(table, "order", pa.array(np.arange(first, first + len(table))))
-        first += len(table)
-    if first == begin:
-        yield documents_schema().empty_table()
-
-
-def _write_together(folder: Path, number: int, batches: Iterator[tuple[pa.Table, ...]]) -> None:
-    """Stream each unit's tables into its files, and name them when all of them are whole."""
-    import pyarrow as pa
-
-    paths = [unit_path(folder, number, kind) for kind in _KINDS]
-    partial = [path.with_suffix(".partial") for path in paths]
-    writers: list[pa.ipc.RecordBatchFileWriter] = []
-    for tables in batches:
-        writers = writers or [pa.ipc.new_file(path, table.schema)
-                              for path, table in zip(partial, tables, strict=True)]
-        for writer, table in zip(writers, tables, strict=True):
-            writer.write_table(table)
-    for writer in writers:
-        writer.close()
-    for path in partial:
-        os.replace(path, path.with_suffix(".arrow"))
-
-
 def _write_file(path: Path, tables: Sequence[pa.Table]) -> None:
     import pyarrow as pa
 
@@ -355,21 +206,3 @@ def _write_file(path: Path, tables: Sequence[pa.Table]) -> None:
         for table in tables:
             writer.write_table(table)
     os.replace(path.with_suffix(".partial"), path)
-
-
-def _open(path: Path) -> pa.Table:
-    """A table on disk, mapped: memory holds what is touched."""
-    import pyarrow as pa
-
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
-@functools.lru_cache(64)
-def _ids(path: Path) -> pa.ChunkedArray:
-    return _open(path)["id"]
-
-
-def _strings(values: Sequence[str]) -> pa.Array:
-    import pyarrow as pa
-
-    return pa.array(values, pa.string())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmjax.data.curate import Corpus
+from llmjax.data.corpus import Corpus
 
 FILE = "curation.html"
 SAMPLES = 3  # documents shown of each reason

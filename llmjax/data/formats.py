@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,8 @@ Documents = Iterator[Document | Removal]
 
 PARQUET_ROWS = 4096  # decoded together
 MAX_PAGE_BYTES = 20_000_000  # a larger response of a web archive is no text for people
+_DECLARED = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", re.I)
+_HEAD = 4096  # bytes of a page in which it says its encoding
 _LICENCES, _IDS = ("licence", "license"), ("id", "doc_id")
 
 
@@ -85,7 +90,7 @@ def _parquet_rows(batch: pa.RecordBatch, source: Source, place: str, row: int) -
 
 def read_html(source: Source, file: SourceFile) -> Documents:
     """One page: its main text."""
-    yield _page(file.path.read_bytes(), as_utf8(file.id), source, as_utf8(file.id), url=None)
+    yield _page(file.path.read_bytes(), as_utf8(file.id), source, as_utf8(file.id))
 
 
 def read_warc(source: Source, file: SourceFile) -> Documents:
@@ -103,7 +108,7 @@ def read_warc(source: Source, file: SourceFile) -> Documents:
             if kind == "text/plain":
                 yield _plain(raw, url, source, place)
             else:
-                yield _page(raw, url, source, place, url=url)
+                yield _page(raw, url, source, place, url=url, stated=record.http_charset)
 
 
 def _plain(raw: bytes, id_: str, source: Source, place: str) -> Document | Removal:
@@ -114,15 +119,38 @@ def _plain(raw: bytes, id_: str, source: Source, place: str) -> Document | Remov
     return Document(id_, text, source.name, source.licence, place, "prose", encoding, url=id_)
 
 
-def _page(raw: bytes, id_: str, source: Source, place: str, *, url: str | None) -> Document | Removal:
+def _page(raw: bytes, id_: str, source: Source, place: str, *, url: str | None = None,
+          stated: str | None = None) -> Document | Removal:
     try:
-        html, encoding = decode(raw)
+        html, encoding = decode_page(raw, stated=stated)
     except UndecodableError as fault:
         return Removal(id_, source.name, str(fault))
     text = extras.trafilatura().extract(html, include_comments=False, deduplicate=False, favor_recall=True)
     if not text:
         return Removal(id_, source.name, "no_text_in_page")
     return Document(id_, text, source.name, source.licence, place, "prose", encoding, url=url)
+
+
+def decode_page(raw: bytes, *, stated: str | None = None) -> tuple[str, str]:
+    """A page as text, and its encoding: UTF-8 if it can be, else what its server or its <meta> says, else a guess.
+
+    Of Latin-1 nothing is believed: it is what servers say of anything. Raises UndecodableError.
+    """
+    found = _DECLARED.search(raw, 0, _HEAD)
+    declared = stated or (found[1].decode("ascii", "ignore") if found else "")
+    with contextlib.suppress(LookupError, UnicodeError):
+        name = codecs.lookup(declared).name
+        if name not in ("utf-8", "ascii", "iso8859-1") and not _is_utf8(raw):
+            return raw.decode(name), name
+    return decode(raw)
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def read_mds(source: Source, file: SourceFile) -> Documents:

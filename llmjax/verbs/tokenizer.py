@@ -72,6 +72,9 @@ def _report(config: Config, workdir: Path, args: argparse.Namespace) -> int:
     folder = data_folder(config.data, workdir)
     tokenizer = Tokenizer.load(folder)
     parts = measure(tokenizer, _held_out(folder))
+    if not parts:
+        raise RunError(f"{folder / 'holdout.parquet'} holds no document to measure the tokenizer on: keep some from "
+                       "training with data.holdouts or data.holdout_fraction=0.05")
     for part in parts:
         print(f"{part.source}{f' [{part.language}]' if part.language else ''}: {part.documents:,} documents, "
               f"{part.bytes_per_token:.2f} bytes a token, {part.fertility:.2f} tokens a word, "

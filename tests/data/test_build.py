@@ -16,7 +16,7 @@ import pytest
 from llmjax.core.errors import RunError
 from llmjax.core.sections import DataConfig, TokenizerConfig
 from llmjax.data import build as builds
-from llmjax.data import curate, shards
+from llmjax.data import shards, units
 from llmjax.data.build import build, data_folder
 from llmjax.data.curate import is_held_out
 from llmjax.data.dedup import content_hash
@@ -189,7 +189,7 @@ def test_what_was_prepared_before_a_kill_is_not_read_again(config, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         build(config, TOKENIZER, tmp_path / "out", progress=killed)
     with monkeypatch.context() as patch:
-        patch.setattr(curate, "batches", lambda *args: pytest.fail("read again"))
+        patch.setattr(units, "batches", lambda *args: pytest.fail("read again"))
         build(config, TOKENIZER, tmp_path / "out")
     build(config, TOKENIZER, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -13,6 +13,7 @@ import pytest
 from llmjax.core.errors import RunError
 from llmjax.data.clean import clean
 from llmjax.data.dedup import near_duplicates
+from llmjax.data.formats import decode_page
 from llmjax.data.read import batches
 from llmjax.data.registry import find_sources
 
@@ -65,6 +66,21 @@ def test_the_html_edition_of_a_book_is_its_text_edition(data_dir):
     found = near_duplicates([clean(book, "prose"), clean(page["text"], "prose")], threshold=0.7)
     assert found[1].jaccard > 0.9
     assert "<p>" not in page["text"]
+
+
+RUSSIAN, JAPANESE = "Широкая электрификация южных губерний. " * 20, "吾輩は猫である。名前はまだ無い。" * 20
+
+
+@pytest.mark.parametrize(("text", "encoding", "head", "stated", "found"), [
+    (RUSSIAN, "cp1251", '<meta charset="windows-1251">', None, "cp1251"),
+    (JAPANESE, "shift_jis", '<meta http-equiv="x" content="text/html; charset=Shift_JIS">', None, "shift_jis"),
+    (RUSSIAN, "koi8-r", "", "KOI8-R", "koi8-r"),
+    (RUSSIAN, "utf-8", '<meta charset="windows-1251">', None, "utf-8"),
+    ("Tout est “réglé” au café du coin. " * 20, "cp1252", "<meta charset=iso-8859-1>", "no-such-encoding", "cp1252")])
+def test_pages_are_in_the_encoding_that_they_declare_where_they_can_be(text, encoding, head, stated, found):
+    raw = f"<html><head>{head}</head><body><p>{text}</body></html>".encode(encoding)
+    page, name = decode_page(raw, stated=stated)
+    assert text in page and name == found
 
 
 def test_web_archives_give_their_pages(tmp_path):
