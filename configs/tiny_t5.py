@@ -3,7 +3,8 @@
 Command:   llmjax train --config=configs/tiny_t5.py
            (on eight virtual devices: JAX_NUM_CPU_DEVICES=8 and --config.mesh.fsdp=2 --config.mesh.tensor=2)
 Hardware:  2 CPU cores, 3 GB
-Expected:  held-out loss TODO nats a target (7.6 at the start) after about 2 minutes
+Expected:  not yet run at this size; at that of tests/test_encoder_runs.py (asyncio's files, 40 steps of 8 rows, about
+           1 minute) the loss begins at 6.25 and the held-out loss ends at 4.16 nats a target
 """
 
 import ml_collections
