@@ -7,23 +7,20 @@ what costs more than 3 % above them fails. `pytest --update-golden -m tpu_compil
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from llmjax.core.config import load as load_config
 from llmjax.core.mesh import make_mesh
 from llmjax.core.sections import Config, MeshConfig
-from llmjax.models.flops import num_params
 from llmjax.plan import topology
 from llmjax.plan.collectives import Wires
 from llmjax.plan.compile import compile_step, hbm_bytes
 from llmjax.plan.count import count_step
-from llmjax.plan.program import Program, parse
+from llmjax.plan.program import parse
 
 ROOT = Path(__file__).parents[2]
 BUDGETS = Path(__file__).parent / "budgets.json"
@@ -66,44 +63,31 @@ class Cost:
     moved: dict[str, int]  # bytes by kind of collective and axis
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A case's scheduled program, and what it costs."""
-
-    program: Program
-    wires: Wires
-    mesh: Mesh
-    cost: Cost
-
-
-@functools.cache
-def compiled(name: str) -> Compiled:
-    case = CASES[name]
+def cost_of(case: Case) -> Cost:
+    """By the compiler's memory analysis and its scheduled program."""
     slice_ = topology.load(case.topology, num_slices=case.num_slices)
     step = compile_step(case.config, slice_)
-    program, wires = parse(step.executable.as_text()), Wires(step.mesh, None)
-    count = count_step(program, wires, clock=slice_.chip.clock, kernel_seconds=lambda kernel: 0.0)
+    program = parse(step.executable.as_text())
+    count = count_step(program, Wires(step.mesh, None), clock=slice_.chip.clock, kernel_seconds=lambda kernel: 0.0)
     moved: dict[str, int] = {}
     for one in count.collectives:
         if one.bytes >= SMALL:
             key = f"{one.kind} {one.axis}"
             moved[key] = moved.get(key, 0) + one.bytes
     memory = hbm_bytes(step, slice_)
-    return Compiled(program, wires, step.mesh, Cost(memory.argument, memory.temp, dict(sorted(moved.items()))))
+    return Cost(memory.argument, memory.temp, dict(sorted(moved.items())))
 
 
 @pytest.mark.slow
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_costs_no_more_than_its_budget(name: str, request: pytest.FixtureRequest) -> None:
-    cost = dataclasses.asdict(compiled(name).cost)
+    cost = dataclasses.asdict(cost_of(CASES[name]))
     print(json.dumps(cost, indent=2))
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     if request.config.getoption("--update-golden"):
         BUDGETS.write_text(json.dumps(budgets | {name: cost}, indent=2, sort_keys=True) + "\n")
         return
-    if name not in budgets:
-        pytest.skip(f"{name} has no budget yet: --update-golden writes it")
     assert not over(cost, budgets[name])
 
 
@@ -119,35 +103,6 @@ def test_three_percent_more_is_over_budget() -> None:
     assert not over({"argument": 1030, "temp": 900, "moved": {"all-gather fsdp": 1030}}, budget)
     found = over({"argument": 1031, "temp": 900, "moved": {"all-gather fsdp": 1031, "all-reduce fsdp": 5}}, budget)
     assert found == {"argument": (1031, 1000), "all-gather fsdp": (1031, 1000), "all-reduce fsdp": (5, 0)}
-
-
-@pytest.mark.slow
-@pytest.mark.tpu_compile
-@pytest.mark.parametrize("name", CASES)
-def test_gradients_are_summed_in_float32(name: str) -> None:
-    """Whatever is summed over axes that share no heads is a gradient, a loss or a statistic."""
-    one = compiled(name)
-    dtypes: dict[str, set[str]] = {}
-    for computation in one.program.computations.values():
-        for instruction in computation:
-            if instruction.opcode.removesuffix("-start") in ("all-reduce", "reduce-scatter"):
-                transfer = one.wires.transfer(instruction, one.program)
-                axes = set(transfer.axis.split("+")) if transfer else set()
-                if axes - {"tensor"}:
-                    dtypes.setdefault(transfer.axis if transfer else "", set()).add(
-                        instruction.type.lstrip("(").split("[")[0])
-    assert dtypes and all(found <= {"f32", "s32", "u32", "pred"} for found in dtypes.values()), dtypes
-
-
-@pytest.mark.slow
-@pytest.mark.tpu_compile
-def test_gradients_are_reduce_scattered_and_only_their_shards_cross_slices() -> None:
-    one, case = compiled("slices"), CASES["slices"]
-    across = {name: size for name, size in one.cost.moved.items() if "slice" in name.split(" ")[1].split("+")}
-    assert {name.split(" ")[0] for name in across} == {"all-reduce"}, across
-    shard = 4 * num_params(case.config.model) / (8 * 2)
-    assert sum(across.values()) == pytest.approx(shard, rel=0.1)
-    assert one.cost.moved["reduce-scatter fsdp"] > 0 and "all-reduce fsdp" not in one.cost.moved
 
 
 @pytest.mark.tpu_compile
