@@ -67,10 +67,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
     theirs = make("deepseek_v3", num_nextn_predict_layers=NUM_DEPTHS)
     theirs.save_pretrained(folder / "hf")
     heads = MtpModel(theirs, NUM_DEPTHS).eval()
-    with torch.no_grad():
-        for name, tensor in heads.state_dict().items():
-            if name.startswith("layers."):
-                tensor.add_(0.1 * torch.randn_like(tensor))
+    with torch.no_grad():  # their experts come uninitialised
+        for name, tensor in heads.layers.state_dict().items():
+            tensor.copy_(("norm" in name) + 0.2 * torch.randn_like(tensor))
     file = folder / "hf/model.safetensors"
     save_file(load_file(file) | published(heads, theirs.config.num_hidden_layers), file, metadata={"format": "pt"})
     import_hf(folder / "hf", folder / "run")

@@ -86,7 +86,7 @@ def test_documents_stay_apart_and_a_cache_changes_nothing(name: str) -> None:
     segments = batch["segment_ids_BT"]
     for depth, (one, other) in enumerate(zip((before, *ahead), (after, *ahead_after), strict=True)):
         # A further head has nothing to say where its tokens would be those of the next document.
-        inside = np.pad(segments[:, depth:], ((0, 0), (0, depth))) == segments
+        inside = (np.pad(segments[:, depth:], ((0, 0), (0, depth))) == segments) & (segments > 0)
         assert np.array_equal(one[inside & ~second], other[inside & ~second])
         assert not np.allclose(one[inside & second], other[inside & second])
     real = batch["segment_ids_BT"] > 0
