@@ -122,9 +122,9 @@ def test_a_cache_changes_nothing(kind: str) -> None:
 
 def loss_and_gradients(kind: str, mesh: jax.sharding.Mesh, *, num_microbatches: int = 1) -> tuple[float, dict]:
     config = model_of(kind)
-    model, batch = decoder.abstract_model(config), packed(config, 8)
+    model, params, batch = decoder.abstract_model(config), shaken(config), packed(config, 8)
     with jax.set_mesh(mesh):
-        params = jax.device_put(shaken(config), jax.tree.map(lambda x: x.sharding, model.abstract_params(mesh)))
+        params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, model.abstract_params(mesh)))
         step = make_loss_and_grad(model, make_loss(TaskConfig(label_smoothing=0.1)), num_microbatches=num_microbatches)
         out, grads = jax.jit(step)(params, {}, put_batch(batch, mesh), jax.random.key(3))
         return float(out.loss_sum), jax.device_get(grads)
