@@ -160,7 +160,8 @@ def synthetic_batch(config: Config, *, seed: int) -> Batch:
     return batch
 
 
-def _synthetic_rows(rng: np.random.Generator, shape: tuple[int, int], letters: str, *, vocab_size: int) -> Batch:
+def _synthetic_rows(rng: np.random.Generator, shape: tuple[int, int], letters: str, *,
+                    vocab_size: int) -> dict[str, np.ndarray]:
     T = shape[1]
     starts = rng.random(shape) < 4 / T
     starts[:, 0] = True

@@ -41,7 +41,7 @@ jax.tree_util.register_dataclass(LatentCache, data_fields=["latent_BSR", "k_BSP"
 class SourcedCache:
     """The slots of one layer of a decoder beside an encoder: its own, and those of the source, which stay."""
 
-    own: KVCache
+    own: KVCache | LatentCache | None
     source: KVCache
 
 
