@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from llmjax.core.errors import RunError
 
 if TYPE_CHECKING:
@@ -54,6 +52,8 @@ def _classifier(args: argparse.Namespace) -> dict[str, float]:
 
 def _ngrams(args: argparse.Namespace) -> dict[str, float]:
     """The median perplexity of the documents kept apart, and the one that a tenth of them exceed."""
+    import numpy as np
+
     from llmjax.data.scoring import Ngrams
 
     texts, tried = _texts(args.good, "--good")

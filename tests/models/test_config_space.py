@@ -79,7 +79,7 @@ def test_a_section_comes_back_or_its_refusal_names_a_field(section: dict[str, An
     try:
         config = configs.resolve({"model": BASE | section, "data": {"seq_len": 8}})
     except ConfigError as error:
-        field = re.match(r"(model\.[a-z_.0-9]+)=", str(error))
+        field = re.match(r"((?:model|data)\.[a-z_.0-9]+)=", str(error))
         assert field and field[1] in configs.flatten(configs.Config()), error
         return
     assert configs.resolve(configs.to_dict(config)) == config
