@@ -24,8 +24,8 @@ PARTS: dict[str, tuple[str, Case, dict[str, Any]]] = {
     "scales of embedding, residual, scores and logits": ("llama", Case(transformers.GraniteConfig, TINY | {
         "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 4.0}),
         {"embedding_scale": 3.0, "residual_scale": 0.5, "logit_scale": 0.25, "attention": AttentionConfig(scale=0.3)}),
-    "no positions": ("llama", Case(transformers.SmolLM3Config, TINY | {"no_rope_layers": [0, 0], "pad_token_id": 0}),
-                     {"positions": "none"}),
+    "no positions": ("llama", Case(transformers.SmolLM3Config, TINY | {
+        "no_rope_layers": [0, 0], "pad_token_id": 0, "tie_word_embeddings": False}), {"positions": "none"}),
     "exact GeGLU": ("llama", Case(transformers.LlamaConfig, TINY | {"hidden_act": "gelu"}), {"activation": "geglu"}),
     "exact GELU": ("gpt2", Case(transformers.GPT2Config, GPT2_FIELDS | {"activation_function": "gelu"}),
                    {"activation": "gelu"}),
