@@ -25,8 +25,9 @@ class LocalShards:
                 part[own] = piece[tuple(slice(*pair) for pair in bounds[len(lead):])]
 
     def put(self) -> jax.Array:
-        """The whole tensor, each part on its devices."""
-        return jax.make_array_from_callback(self.shape, self._sharding, lambda index: self._parts[self._bounds(index)])
+        """The whole tensor, each part on its devices and no longer here: the next one is filled in its place."""
+        parts, self._parts = self._parts, {}
+        return jax.make_array_from_callback(self.shape, self._sharding, lambda index: parts[self._bounds(index)])
 
     def _bounds(self, index: tuple[slice, ...] | None) -> Bounds:
         return tuple(piece.indices(size)[:2] for piece, size in zip(index or (), self.shape, strict=True))
