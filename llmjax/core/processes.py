@@ -34,11 +34,15 @@ def agreed(value: bool) -> bool:
 
 
 def whole(tree: Any) -> Any:
-    """Host copies of arrays, whole on every process wherever their shards lie; call it on every process."""
-    import jax
+    """Host copies of arrays, whole on every process wherever their shards lie; call it on every process.
 
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
+    An array that lies on this process's devices alone stays its own.
+    """
+    import jax
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(tree, tiled=True)
+    def fetch(leaf: Any) -> Any:
+        local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        return jax.device_get(leaf) if local else multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(fetch, tree)

@@ -86,4 +86,4 @@ def test_check_runs_in_two_processes(tmp_path: Path) -> None:
     recipe.write_text(RECIPE)
     first, second = start(["-m", "llmjax.cli", "check", f"--config={recipe}", "--devices=2", "--steps=2"], processes=2)
     assert "tensor=2" in first and first.splitlines()[-1] == "1 meshes, 0 out of tolerance"
-    assert not second
+    assert "tolerance" not in second  # one table, beside what the network library says
