@@ -1,15 +1,18 @@
 """Static time of the kernels beside public ones and the bound of the matrix units: no chip needed, libtpu is.
 
-    python benchmarks/kernels.py [--only=attention,grouped_matmul] [--chips=v5p,v6e]
+    python benchmarks/kernels.py [--only=attention,paged_attention] [--chips=v5p,v6e]
     python benchmarks/kernels.py --budgets > kernels/budgets.json
 
 Each line: microseconds of ours, of the public kernel, their ratio, and ours as a share of the chip's peak in bf16.
+Paged attention: the greater of cycles (by the compiler) and of the time the pages it fetches take at the chip's full
+bandwidth (a model: copies run beside the computation), beside the greater of both bounds.
 Budgets are cycles, spills and trips of small shapes; tests/kernels/test_budgets.py holds the kernels to them.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -29,11 +32,17 @@ from llmjax.plan import topology  # noqa: E402
 topology.prepare()
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 
 from llmjax.kernels.attention import pallas_tpu, specs  # noqa: E402
 from llmjax.kernels.grouped_matmul import pallas_tpu as grouped  # noqa: E402
 from llmjax.kernels.grouped_matmul import specs as grouped_specs  # noqa: E402
 from llmjax.kernels.grouped_matmul import tpu_plan  # noqa: E402
+from llmjax.kernels.paged_attention import pallas_tpu as paged  # noqa: E402
+from llmjax.kernels.paged_attention import specs as paged_specs  # noqa: E402
+from llmjax.kernels.paged_attention.tpu_plan import make_steps  # noqa: E402
+from llmjax.kernels.paged_attention.units import make_units  # noqa: E402
 from llmjax.plan.bundles import Occupancy  # noqa: E402
 from llmjax.plan.kernels import ProgramCost, measure, mesh_of_one  # noqa: E402
 
@@ -140,14 +149,78 @@ def grouped_table(chips: list[str], show: Callable[[str], None]) -> None:
                      f"{share:>9.0%}")
 
 
+@dataclasses.dataclass(frozen=True)
+class PagedWork:
+    """What a core does of a shape, and what both fetch."""
+
+    occupancy: dict[str, Occupancy]
+    fetched_bytes: float
+
+
+def paged_cost(spec: paged_specs.Spec, chip: str) -> ProgramCost:
+    """Our kernel; its table of steps is in `other_seconds`."""
+    attend = functools.partial(paged.paged_attention, max_queries=spec.Q, value_dim=spec.W, options=spec.options)
+    return measure(attend, spec.shapes(), chip=chip, occupancy=paged_work(spec, chip).occupancy)
+
+
+def paged_work(spec: paged_specs.Spec, chip: str) -> PagedWork:
+    """Every step counts as if it began and ended a unit: a little too much."""
+    kind: paged.Kind = "decode" if spec.Q == 1 else "chunk"
+    _, pages, _ = spec.shapes()
+    with jax.set_mesh(mesh_of_one(chip)):
+        blocks = paged.choose_blocks(kind, pages, num_heads=spec.N, max_queries=spec.Q)
+    sequences = spec.sequences()
+    units = make_units(sequences, chosen_B=jnp.full(spec.B, True), num_tokens=spec.B * spec.Q, queries=blocks.queries,
+                       multiple=blocks.cores)
+    steps = make_steps(units, sequences, blocks=blocks, window=spec.options.window)
+    table, count = np.asarray(steps.page_DMF), int(steps.count_D.max())
+    fetched = table[:, :1].size + np.count_nonzero(np.diff(table[:, :count], axis=1))
+    page_bytes = sum(x.size // x.shape[0] * x.dtype.itemsize for x in jax.tree.leaves(pages))
+    return PagedWork({f"paged_attention_{kind}": Occupancy(trips=(float(count),))}, float(fetched * page_bytes))
+
+
+def ragged_paged_seconds(spec: paged_specs.Spec, chip: str) -> float:
+    """jax's ragged paged attention, eight pages a block, by its cycles; it knows no latent form and one core."""
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    if spec.H != spec.W:
+        return float("nan")
+    block, scale = 8 if spec.Q == 1 else 64, None if spec.dtype == "bfloat16" else 1.0
+    q, pages, sequences = spec.shapes()
+    lead = pages.rows_ZKLC.shape
+    shapes = (q, jax.ShapeDtypeStruct((lead[0], lead[2], 2 * spec.K, spec.H), pages.rows_ZKLC.dtype),
+              sequences.lengths_B, sequences.pages_BP, sequences.starts_E, jax.ShapeDtypeStruct((1,), jnp.int32))
+    run = functools.partial(ragged_paged_attention, sm_scale=spec.H**-0.5, k_scale=scale, v_scale=scale,
+                            num_kv_pages_per_block=1024 // spec.L, num_queries_per_block=block,
+                            vmem_limit_bytes=60 * 2**20)
+    trips = (max(1, block // spec.Q), spec.S / 1024)  # sequences of a block of queries, then their pages
+    return measure(run, shapes, chip=chip, occupancy={"": Occupancy(trips=trips)}).seconds("ragged")
+
+
+def paged_table(chips: list[str], show: Callable[[str], None]) -> None:
+    """Our kernel, jax's and the bound."""
+    show(f"{'paged attention, microseconds':<36}{'chip':>6}{'ours':>8}{'cycles':>8}{'memory':>8}{'jax':>8}{'bound':>8}"
+         f"{'/bound':>8}  around the kernel")
+    for name, spec in paged_specs.SPECS.items():
+        for chip in chips:
+            cost, work = paged_cost(spec, chip), paged_work(spec, chip)
+            cycles, memory = cost.seconds("paged_attention"), work.fetched_bytes / cost.chip.hbm_bandwidth
+            least = spec.cache_bytes() / cost.chip.hbm_bandwidth
+            bound, ours = max(least, spec.flops() / cost.chip.peak_flops), max(cycles, memory)
+            public = max(ragged_paged_seconds(spec, chip), least)
+            figures = "".join(f"{seconds * 1e6:>8.0f}" for seconds in (ours, cycles, memory, public, bound))
+            show(f"{name:<36}{chip:>6}{figures}{ours / bound:>8.2f}  {cost.other_seconds * 1e6:.0f}")
+
+
 def budgets(chips: list[str]) -> dict[str, Any]:
     """What the small shapes take, with the version of the compiler that says so."""
     found = {}
     for chip in chips:
-        spec, small = specs.SPECS["4k"], grouped_specs.SPECS["small"]
+        spec, small, decode = specs.SPECS["4k"], grouped_specs.SPECS["small"], paged_specs.SPECS["small"]
         for name, cost, fullness in (
             ("attention 4k", attention_cost(spec, chip), attention_occupancy(spec, chip)),
             ("grouped matmul small", grouped_cost(small, chip), grouped_occupancy(small)),
+            ("paged attention small", paged_cost(decode, chip), paged_work(decode, chip).occupancy),
         ):
             kernels = {kernel.name: {"cycles": round(kernel.cycles), "spills": kernel.spills,
                                      "trips": next(one.trips for part, one in fullness.items() if part in kernel.name)}
@@ -156,7 +229,7 @@ def budgets(chips: list[str]) -> dict[str, Any]:
     return {"libtpu": importlib.metadata.version("libtpu"), "programs": found}
 
 
-TABLES = {"attention": attention_table, "grouped_matmul": grouped_table}
+TABLES = {"attention": attention_table, "grouped_matmul": grouped_table, "paged_attention": paged_table}
 
 
 def main() -> None:
