@@ -29,7 +29,7 @@ from llmjax.core.mesh import FSDP_AXES, TOKEN_AXES
 # The axes over which losses and gradients are added up.
 SHARE_AXES = ("stage", *TOKEN_AXES)
 LANES = 128  # of a TPU's tile, along the last dim of an array
-ShardedDims = tuple[tuple[int, str], ...]
+ShardedDims = tuple[tuple[int, tuple[str, ...]], ...]  # a dim and the axes that split it, the outermost first
 
 
 def manual_size(axis: str) -> int:
@@ -80,8 +80,8 @@ def sum_gradient(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(weight: jax.Array, dims: ShardedDims, dtype: str) -> jax.Array:
     weight = weight.astype(dtype)  # cast first: half the bytes on the wire
-    for dim, axis in dims:
-        weight = lax.all_gather(weight, axis, axis=dim, tiled=True)
+    for dim, axes in dims:
+        weight = lax.all_gather(weight, axes, axis=dim, tiled=True)  # over all links of the torus at once
     return weight
 
 
@@ -91,8 +91,9 @@ def _gather_fwd(weight: jax.Array, dims: ShardedDims, dtype: str) -> tuple[jax.A
 
 def _gather_bwd(dims: ShardedDims, dtype: str, like: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
     grad = grad.astype(jnp.float32)  # sums of many devices' gradients are taken in float32
-    for dim, axis in reversed(dims):
-        grad = _scatter(grad, dim, axis)
+    for dim, axes in dims:
+        for axis in axes:  # one after the other: over several at once XLA makes an all-reduce of it
+            grad = _scatter(grad, dim, axis)
     return (grad.astype(like.dtype),)
 
 
@@ -105,12 +106,10 @@ def gather(weight: jax.Array, spec: PartitionSpec, *, shape: Sequence[int], dtyp
     Its derivative is reduce-scattered back onto the shards, axis by axis, in float32. A dim that has the size of the
     whole weight's `shape` is not sharded in this layout.
     """
-    dims = []
-    for dim, entry in enumerate(spec):
-        if weight.shape[dim] < shape[dim]:
-            axes = [axis for axis in mesh_axes(entry) if axis in FSDP_AXES]
-            dims += [(dim, axis) for axis in reversed(split_axes(axes))]  # the innermost shards lie side by side
-    return _gather(weight, tuple(dims), dtype) if dims else weight.astype(dtype)
+    sharded = [(dim, split_axes([axis for axis in mesh_axes(entry) if axis in FSDP_AXES]))
+               for dim, entry in enumerate(spec) if weight.shape[dim] < shape[dim]]
+    dims = tuple((dim, axes) for dim, axes in sharded if axes)
+    return _gather(weight, dims, dtype) if dims else weight.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -20,6 +20,7 @@ from llmjax.kernels.attention import api as kernel
 from llmjax.kernels.attention.options import Options, Terms
 from llmjax.kernels.attention.sharpness import Sharpness
 from llmjax.models import context, rope
+from llmjax.models.boundaries import made
 from llmjax.models.cache import KVCache
 from llmjax.models.dense import dense
 from llmjax.models.inputs import BlockInputs
@@ -68,7 +69,7 @@ class Attention(nnx.Module):
 
     def _output(self, out_BTNH: jax.Array) -> jax.Array:
         """Back to the residual stream."""
-        out_BTD = dense(out_BTNH, weight(self.o, self.dtype), num_in_dims=2, matmul=self.matmul)
+        out_BTD = made(dense(out_BTNH, weight(self.o, self.dtype), num_in_dims=2, matmul=self.matmul))
         out_BTD = collectives.leave_tensor(out_BTD)
         if self.config.bias == "all":
             out_BTD = out_BTD + weight(self.o_bias, self.dtype)[None, None]

@@ -15,6 +15,7 @@ from flax import nnx
 
 from llmjax.core import collectives
 from llmjax.core.model_sections import ModelConfig
+from llmjax.models.boundaries import made
 from llmjax.models.dense import Matmul, dense
 from llmjax.models.norm import recomputed
 from llmjax.models.param import output_init, param, weight
@@ -59,7 +60,7 @@ def activated(inputs_BTF: tuple[jax.Array, ...], activation: str) -> jax.Array:
 def _activate_and_project(inputs_BTF: tuple[jax.Array, ...], down_FD: jax.Array, activation: str,
                           matmul: Matmul) -> jax.Array:
     """activation(inputs) W_down; of the inputs alone the derivative is told, what is between them is made again."""
-    return dense(_function(activation)(*inputs_BTF), down_FD, matmul=matmul)
+    return dense(made(_function(activation)(*map(made, inputs_BTF))), down_FD, matmul=matmul)
 
 
 class MLP(nnx.Module):

@@ -14,19 +14,11 @@ from jax import lax
 
 from llmjax.core import collectives
 from llmjax.core.model_sections import ModelConfig
+from llmjax.models.boundaries import cotangent_made
 from llmjax.models.param import param, weight
 
 # Elementwise work is cheap to repeat and its intermediates are large: only the inputs wait for the derivative.
 recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
-
-
-@jax.custom_vjp
-def _apart(x: jax.Array) -> jax.Array:
-    return x
-
-
-# The compiler would fuse a norm's derivative into the matmul that makes its cotangent and slow that down by two thirds.
-_apart.defvjp(lambda x: (x, None), lambda _, grad: (lax.optimization_barrier(grad),))
 
 
 @functools.partial(recomputed, static_argnums=2)
@@ -61,7 +53,7 @@ class Norm(nnx.Module):
             self.bias = param(rngs, shape, axes=("norm",), init=nnx.initializers.zeros, dtype=dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        normed_BTD = _apart(self.normalise(x_BTD, self._scale(x_BTD.shape[-1]), self.eps))
+        normed_BTD = cotangent_made(self.normalise(x_BTD, self._scale(x_BTD.shape[-1]), self.eps))
         return normed_BTD + weight(self.bias, self.dtype)[None, None] if self.has_bias else normed_BTD
 
     def _scale(self, dim: int) -> jax.Array:

@@ -19,6 +19,7 @@ from llmjax.core import collectives
 from llmjax.core.errors import ConfigError
 from llmjax.core.sections import Config
 from llmjax.models import pipeline
+from llmjax.models.boundaries import row_major
 from llmjax.models.inputs import Watch
 
 # (x_BTD, one layer's part of `layers`, what all layers share) -> (x_BTD, what this layer leaves)
@@ -108,7 +109,7 @@ def _take(stacked: Any, index: int) -> Any:
 
 
 def _apply(block: ApplyBlock, shared: Any, x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-    return block(checkpoint_name(x_BTD, "block_input"), layer, shared)
+    return block(checkpoint_name(row_major(x_BTD), "block_input"), layer, shared)
 
 
 def recomputed(body: Callable, execution: Execution) -> Callable:

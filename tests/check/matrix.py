@@ -11,7 +11,7 @@ from llmjax.core.sections import Config, DataConfig, MeshConfig, ModelConfig, Op
 CONFIG = Config(
     model=ModelConfig(vocab_size=32, num_layers=4, dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32,
                       max_seq_len=64, compute_dtype="float32", init_scale=0.2),
-    data=DataConfig(seq_len=32, batch_size=16),
+    data=DataConfig(seq_len=32, batch_size=32),
     optim=OptimConfig(learning_rate=1e-3, warmup_steps=0),
     train=TrainConfig(accumulation=4),
 )  # fmt: skip

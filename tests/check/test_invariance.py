@@ -88,7 +88,7 @@ def test_a_gradient_that_is_off_by_a_factor_is_found() -> None:
 
 
 def test_meshes_that_do_not_fit_are_left_out_and_the_first_ones_cover_most() -> None:
-    meshes = legal_meshes(CONFIG, jax.devices())
+    meshes = legal_meshes(change(data={"batch_size": 16}), jax.devices())
     names = [name_of(mesh) for mesh in meshes]
     assert len(set(names)) == len(names) and "data=8" not in names  # 16 rows, 4 microbatches
     assert "tensor=8" not in names and "stage=2 context=2 tensor=2" in names
