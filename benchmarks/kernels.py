@@ -43,6 +43,9 @@ from llmjax.kernels.paged_attention import pallas_tpu as paged  # noqa: E402
 from llmjax.kernels.paged_attention import specs as paged_specs  # noqa: E402
 from llmjax.kernels.paged_attention.tpu_plan import make_steps  # noqa: E402
 from llmjax.kernels.paged_attention.units import make_units  # noqa: E402
+from llmjax.kernels.quant_matmul import pallas_tpu as quant  # noqa: E402
+from llmjax.kernels.quant_matmul import specs as quant_specs  # noqa: E402
+from llmjax.kernels.quant_matmul import xla as quant_xla  # noqa: E402
 from llmjax.plan.bundles import Occupancy  # noqa: E402
 from llmjax.plan.kernels import ProgramCost, measure, mesh_of_one  # noqa: E402
 
@@ -212,24 +215,46 @@ def paged_table(chips: list[str], show: Callable[[str], None]) -> None:
             show(f"{name:<36}{chip:>6}{figures}{ours / bound:>8.2f}  {cost.other_seconds * 1e6:.0f}")
 
 
+def quant_cost(spec: quant_specs.Spec, chip: str) -> ProgramCost:
+    """Our kernel."""
+    return measure(quant.quant_matmul, spec.shapes(), chip=chip, occupancy={})
+
+
+def quant_table(chips: list[str], show: Callable[[str], None]) -> None:
+    """Our kernel, what XLA makes of the same, and the bound of memory."""
+    titles = "".join(f"{title:>8}" for title in ("ours", "cycles", "XLA", "bound", "/bound"))
+    show(f"{'quantised matmul, microseconds':<36}{'chip':>6}{titles}")
+    for name, spec in quant_specs.SPECS.items():
+        for chip in chips:
+            cost = quant_cost(spec, chip)
+            bound, cycles = spec.bytes() / cost.chip.hbm_bandwidth, cost.seconds("quant_matmul")
+            xla = max(bound, measure(quant_xla.quant_matmul, spec.shapes(), chip=chip, occupancy={}).other_seconds)
+            figures = "".join(f"{seconds * 1e6:>8.1f}" for seconds in (max(cycles, bound), cycles, xla, bound))
+            show(f"{name:<36}{chip:>6}{figures}{max(cycles, bound) / bound:>8.2f}")
+
+
 def budgets(chips: list[str]) -> dict[str, Any]:
     """What the small shapes take, with the version of the compiler that says so."""
     found = {}
     for chip in chips:
         spec, small, decode = specs.SPECS["4k"], grouped_specs.SPECS["small"], paged_specs.SPECS["small"]
+        projection = quant_specs.SPECS["small, int4, groups of 128"]
         for name, cost, fullness in (
             ("attention 4k", attention_cost(spec, chip), attention_occupancy(spec, chip)),
             ("grouped matmul small", grouped_cost(small, chip), grouped_occupancy(small)),
             ("paged attention small", paged_cost(decode, chip), paged_work(decode, chip).occupancy),
+            ("quantised matmul small", quant_cost(projection, chip), {}),
         ):
             kernels = {kernel.name: {"cycles": round(kernel.cycles), "spills": kernel.spills,
-                                     "trips": next(one.trips for part, one in fullness.items() if part in kernel.name)}
+                                     "trips": next((one.trips for part, one in fullness.items() if part in kernel.name),
+                                                   ())}
                        for kernel in cost.kernels}
             found[f"{chip} {name}"] = {"temporaries": cost.temp_bytes, "kernels": kernels}
     return {"libtpu": importlib.metadata.version("libtpu"), "programs": found}
 
 
-TABLES = {"attention": attention_table, "grouped_matmul": grouped_table, "paged_attention": paged_table}
+TABLES = {"attention": attention_table, "grouped_matmul": grouped_table, "paged_attention": paged_table,
+          "quant_matmul": quant_table}
 
 
 def main() -> None:
