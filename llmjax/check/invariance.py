@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -108,11 +107,11 @@ def measure(config: Config, mesh_config: MeshConfig, devices: list[jax.Device], 
                 weight = float(out.weight)
                 first = {path: leaf / weight for path, leaf in tree.flatten(whole(grads)).items()}
                 routing = _routing(out)
-                held = state_bytes.measured((state.params, grads, _moments(state.opt_state, state.params)))
+                held = state_bytes.measured((state.params, grads, state.opt_state))
             state, metrics = update(state, out, grads)
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
-    wanted = state_bytes.formula(model, mesh, shard=config.mesh.shard, moments=config.optim.moments).total
+    wanted = state_bytes.formula(model, mesh, shard=config.mesh.shard, optim=config.optim).total
     return Measured(np.array(losses), norms[0], first, held, wanted, routing)
 
 
@@ -126,12 +125,6 @@ def _routing(out: LossOutput) -> dict[str, np.ndarray]:
     loads = {"/".join(path): np.asarray(leaf) for path, leaf in tree.flatten(out.loads).items()}
     return loads | {name: np.asarray(value) / float(out.weight) for name, value in out.metrics.items()
                     if name in ("router_max_load", "router_dropped")}
-
-
-def _moments(opt_state: Any, params: Any) -> list[jax.Array]:
-    """The parts of the optimiser's state that are as large as the parameters."""
-    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
-    return [leaf for leaf in jax.tree.leaves(opt_state) if leaf.shape in shapes]
 
 
 def compare(found: Measured, wanted: Measured, *, mesh: str, seconds: float) -> Row:

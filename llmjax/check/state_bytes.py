@@ -3,7 +3,7 @@
 With P parameters that fsdp spreads, R that are repeated on each of its N devices (norms) and moments in float32:
 ZeRO-1 (P + R) + (P + R) + 2 (P / N + R), ZeRO-2 (P + R) + (P / N + R) + 2 (P / N + R), ZeRO-3 4 (P / N + R) numbers
 of parameters, gradients and moments (Rajbhandari et al. 2020, section 5); every count is that of one tensor, expert
-and stage shard.
+and stage shard. Optimisers that keep less than two moments a parameter have less of the last term.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from llmjax.core.mesh import FSDP_AXES, axis_size
+from llmjax.core.axes import mesh_axes
+from llmjax.core.mesh import FSDP_AXES
+from llmjax.core.sections import OptimConfig
+from llmjax.core.tree import flatten
 from llmjax.models.decoder import Model
+from llmjax.optim.held import held_shapes
 
 SPREAD = {"parameters": ("params", "gradients", "optimizer"), "gradients": ("gradients", "optimizer"),
           "optimizer": ("optimizer",), "nothing": ()}  # fmt: skip
@@ -36,31 +41,29 @@ class StateBytes:
         return self.params + self.gradients + self.optimizer
 
 
-def formula(model: Model, mesh: jax.sharding.Mesh, *, shard: str, num_moments: int = 2,
-            moments: str = "float32") -> StateBytes:
-    """By the table above; gradients are float32, parameters as declared."""
-    spread, repeated = _counts(model, mesh)
-    width = jnp.dtype(model.config.param_dtype).itemsize
-    numbers = {part: (spread // axis_size(mesh, "fsdp") if part in SPREAD[shard] else spread) + repeated
-               for part in ("params", "gradients", "optimizer")}
-    return StateBytes(width * numbers["params"], 4 * numbers["gradients"],
-                      jnp.dtype(moments).itemsize * num_moments * numbers["optimizer"])
+def formula(model: Model, mesh: jax.sharding.Mesh, *, shard: str, optim: OptimConfig) -> StateBytes:
+    """By the table above, for what the optimiser keeps; gradients are float32, parameters as declared."""
+    widths = {"params": jnp.dtype(model.config.param_dtype).itemsize, "gradients": 4,
+              "optimizer": jnp.dtype(optim.moments).itemsize}  # fmt: skip
+    total = dict.fromkeys(widths, 0)
+    paths, specs = flatten(model.axes), flatten(model.specs())
+    for path, leaf in flatten(model.shapes).items():
+        held = {"params": (leaf.shape,), "gradients": (leaf.shape,),
+                "optimizer": held_shapes(optim, paths[path], leaf.shape)}  # fmt: skip
+        for part, shapes in held.items():
+            whole = () if part in SPREAD[shard] else FSDP_AXES
+            numbers = sum(_on_a_device(shape, specs[path], mesh=mesh, whole=whole) for shape in shapes)
+            total[part] += widths[part] * numbers
+    return StateBytes(**total)
 
 
-def _counts(model: Model, mesh: jax.sharding.Mesh) -> tuple[int, int]:
-    """Parameters of one tensor, expert and stage shard: those that fsdp spreads, and the others."""
-    counts = [0, 0]
-    others = {axis: axis_size(mesh, axis) for axis in ("tensor", "expert", "stage")}
-    leaves = zip(jax.tree.leaves(model.shapes), jax.tree.leaves(model.specs(), is_leaf=_is_spec), strict=True)
-    for leaf, spec in leaves:
-        axes = {axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)}
-        share = math.prod(leaf.shape) // math.prod(others[axis] for axis in axes & set(others))
-        counts[0 if axes & set(FSDP_AXES) else 1] += share
-    return counts[0], counts[1]
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, jax.sharding.PartitionSpec)
+def _on_a_device(shape: tuple[int, ...], spec: PartitionSpec, *, mesh: jax.sharding.Mesh,
+                 whole: tuple[str, ...]) -> int:
+    """Numbers of an array that one device holds, if the axes in `whole` do not split it; a dim of 1 nothing splits."""
+    if len(shape) < len(spec):
+        return math.prod(shape)
+    parts = [math.prod(mesh.shape[axis] for axis in mesh_axes(entry) if axis not in whole) for entry in spec]
+    return math.prod(size // part if size > 1 else 1 for size, part in zip(shape, parts, strict=True))
 
 
 def measured(tree: Any) -> int:

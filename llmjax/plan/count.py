@@ -33,10 +33,11 @@ _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]+)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All collectives of one kind over one mesh axis, a step and device."""
+    """All collectives of one kind and dtype over one mesh axis, a step and device."""
 
     kind: str
-    axis: str  # mesh axes joined by "+"; empty where the groups follow none
+    axis: str  # mesh axes joined by "+"
+    dtype: str  # as HLO names it
     asynchronous: bool
     count: int
     bytes: int
@@ -110,7 +111,7 @@ class _Counter:
         self._program, self._wires = program, wires
         self._clock, self._kernel_seconds = clock, kernel_seconds
         self.ops: dict[str, _Total] = collections.defaultdict(_Total)
-        self.moved: dict[tuple[str, str, bool], _Total] = collections.defaultdict(_Total)
+        self.moved: dict[tuple[str, str, str, bool], _Total] = collections.defaultdict(_Total)
 
     def run(self, computation: str, *, times: int) -> float:
         """Seconds of one pass through a computation that a step makes `times` times."""
@@ -155,7 +156,7 @@ class _Counter:
         return self._wires.transfer(instruction, self._program)
 
     def _wait(self, transfer: Transfer, seconds: float, *, times: int, asynchronous: bool) -> float:
-        total = self.moved[transfer.kind, transfer.axis, asynchronous]
+        total = self.moved[transfer.kind, transfer.axis, transfer.dtype, asynchronous]
         total.count += times
         total.bytes += times * transfer.bytes
         total.seconds += times * transfer.seconds
@@ -175,7 +176,7 @@ class _Counter:
 
 
 def _is_start(instruction: Instruction) -> bool:
-    return instruction.opcode.endswith("-start") or "async-collective-start" in instruction.name
+    return instruction.opcode.endswith(("-start", "send")) or "async-collective-start" in instruction.name
 
 
 def _is_done(instruction: Instruction) -> bool:

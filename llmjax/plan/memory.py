@@ -2,7 +2,8 @@
 
 What waits for the derivative follows from the remat policy; what lives while one block is differentiated was counted
 in a compiled step: six arrays of the MLP's width, eight of the model's, queries, keys, values and the statistics of
-attention. All of it is summed as if it lived at once, which is nearly what the compiler lays out.
+attention. All of it is summed as if it lived at once, which is nearly what the compiler lays out. Beside a decoder an
+encoder is a second stack, of source tokens; what it makes of them every layer of the decoder reads.
 
 Letters: D model width, F MLP width, N query heads, K key-value heads, H head dim, V vocabulary, L layers.
 """
@@ -10,17 +11,20 @@ Letters: D model width, F MLP width, N query heads, K key-value heads, H head di
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
+from typing import Literal
 
+from llmjax.core import tree
 from llmjax.core.config import flatten
-from llmjax.core.sections import Config, ModelConfig
+from llmjax.core.sections import Config, ModelConfig, OptimConfig
 from llmjax.models.flops import num_params
+from llmjax.optim.held import held_shapes
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 WIDTHS = {"float32": FULL, "bfloat16": HALF}
 LANES = 128
-MOMENTS = {"adamw": 2, "muon": 1}
 BATCH_ARRAYS = 6  # of 4 bytes a token
 LOGITS_BYTES = 2 * 128 * 2**20  # float32 logits of a chunk, and their derivative
 
@@ -32,17 +36,23 @@ class Layout:
     model: ModelConfig
     sizes: Mapping[str, int]  # of the mesh axes, by the names of the config
     rows: int  # of a microbatch on one device
-    seq_len: int  # of one device
+    seq_len: int  # of one device; with an encoder, of its sources
     accumulation: int
     remat: str
     shard: str  # what the fsdp axis shards
-    moments: int
+    moments: float  # numbers that the optimiser keeps a parameter
     moment_bytes: int = FULL  # of one number on the device
+    target_len: int = 0  # with an encoder: of one device's targets
 
     @property
     def tokens(self) -> int:
         """Of a microbatch on one device."""
         return self.rows * self.seq_len
+
+    @property
+    def decoder_tokens(self) -> int:
+        """Those that the decoder works on."""
+        return self.rows * (self.target_len or self.seq_len)
 
     @property
     def tensor(self) -> int:
@@ -52,12 +62,14 @@ class Layout:
 def layout_of(config: Config, sizes: Mapping[str, int]) -> Layout:
     """The layout of a config on a mesh of `sizes`."""
     spread = math.prod(sizes[axis] for axis in ("slice", "data", "fsdp", "expert"))
+    target_len = config.data.target_len or config.data.seq_len
     return Layout(
         model=config.model, sizes=sizes, rows=max(1, config.data.batch_size // (spread * config.train.accumulation)),
         seq_len=config.data.seq_len // sizes["context"], accumulation=config.train.accumulation,
         remat=config.train.remat, shard=flatten(config).get("mesh.shard", "parameters"),
-        moments=MOMENTS.get(config.optim.name, 2),
+        moments=moments_a_parameter(config.model, config.optim),
         moment_bytes=0 if config.optim.memory == "host" else WIDTHS[config.optim.moments],
+        target_len=target_len if config.model.encoder_layers else 0,
     )  # fmt: skip
 
 
@@ -89,40 +101,82 @@ class Memory:
 
 def memory(layout: Layout) -> Memory:
     """The model's sum for a layout."""
-    model, tokens, tensor = layout.model, layout.tokens, layout.tensor
+    model, tensor = layout.model, layout.tensor
     split = tensor * layout.sizes["stage"]
     shards = layout.sizes["fsdp"]
     stored = num_params(model) / split
-    block = block_params(model) / tensor
+    stacks = _stacks(layout)
+    block = max(stack.params for stack in stacks) / tensor
     table = model.vocab_size * model.dim / tensor
-    layers = model.num_layers / layout.sizes["stage"]
     held = layout.shard == "parameters"
     gradients = FULL * stored / (shards if layout.shard in ("parameters", "gradients") else 1)
-    gathered = layers if layout.remat == "none" and held and shards > 1 else 1
+    all_gathered = layout.remat == "none" and held and shards > 1
     return Memory(
         parameters=FULL * stored / (shards if held else 1),
         optimiser=layout.moments * layout.moment_bytes * stored / (shards if layout.shard != "nothing" else 1),
-        batch=BATCH_ARRAYS * FULL * tokens * layout.accumulation,
+        batch=BATCH_ARRAYS * FULL * sum(stack.tokens for stack in stacks) * layout.accumulation,
         gradients=gradients * (2 if layout.accumulation > 1 else 1),
-        residuals=HALF * tokens * layers * _waiting(layout),
-        activations=max(HALF * tokens * _working(model, tensor),
-                        min(LOGITS_BYTES, 2 * FULL * tokens * model.vocab_size / tensor)),
-        weights=HALF * block * gathered + FULL * block,
+        residuals=HALF * sum(stack.tokens * stack.layers * stack.waiting + stack.outputs for stack in stacks),
+        activations=max(HALF * max(stack.tokens * stack.working for stack in stacks),
+                        min(LOGITS_BYTES, 2 * FULL * layout.decoder_tokens * model.vocab_size / tensor)),
+        weights=HALF * (sum(stack.params * stack.layers for stack in stacks) / tensor if all_gathered else block)
+        + FULL * block,
         head=(2 * HALF + 2 * FULL) * table,
     )
 
 
-def block_params(model: ModelConfig) -> float:
-    """Parameters of one block."""
-    tables = model.vocab_size * model.dim * (1 if model.embeddings == "tied" else 2)
-    return (num_params(model) - tables) / model.num_layers
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """Layers that are alike, and what they work on."""
+
+    layers: float  # of one stage
+    tokens: int
+    params: float  # of one block
+    waiting: float  # elements a token that wait in every layer
+    working: float  # elements a token that live while one block is differentiated
+    outputs: float = 0.0  # elements that what the last layer leaves, and its derivative, keep
+
+
+def _stacks(layout: Layout) -> list[_Stack]:
+    model, stages = layout.model, layout.sizes["stage"]
+    own, beside = _waiting(layout), _cross_heads(layout) if model.encoder_layers else 0.0
+    working = _working(model, layout.tensor)
+    stacks = [_Stack(model.num_layers / stages, layout.decoder_tokens, block_params(model),
+                     waiting=own + (beside if layout.remat in ("none", "save_matmuls") else 0.0),
+                     working=working + beside)]  # fmt: skip
+    if model.encoder_layers:
+        stacks.append(_Stack(model.encoder_layers / stages, layout.tokens, block_params(model, stack="encoder"),
+                             waiting=own, working=working, outputs=2 * layout.tokens * model.dim / layout.tensor))
+    return stacks
+
+
+@functools.lru_cache(maxsize=64)
+def block_params(model: ModelConfig, *, stack: Literal["decoder", "encoder"] = "decoder") -> float:
+    """Parameters of one block, on average over the layers."""
+    from llmjax.models.decoder import abstract_model  # flax takes its time to load
+
+    declared = abstract_model(model)
+    axes = tree.flatten(declared.axes)
+    sizes = [math.prod(leaf.shape) for path, leaf in tree.flatten(declared.shapes).items()
+             if "layers" in axes[path] and path[0] != "multi_token" and (path[0] == "encoder") == (stack == "encoder")]
+    return sum(sizes) / (model.encoder_layers if stack == "encoder" else model.num_layers)
+
+
+@functools.lru_cache(maxsize=64)
+def moments_a_parameter(model: ModelConfig, optim: OptimConfig) -> float:
+    """Numbers that the optimiser keeps, over those of the parameters."""
+    from llmjax.models.decoder import abstract_model  # flax takes its time to load
+
+    declared = abstract_model(model)
+    axes, leaves = tree.flatten(declared.axes), tree.flatten(declared.shapes)
+    held = [shape for path, leaf in leaves.items() for shape in held_shapes(optim, axes[path], leaf.shape)]
+    return sum(map(math.prod, held)) / sum(math.prod(leaf.shape) for leaf in leaves.values())
 
 
 def _waiting(layout: Layout) -> float:
     """Elements a token that wait in every layer."""
     model, tensor = layout.model, layout.tensor
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim / tensor
-    matmuls = 3 * model.dim + heads + 2 * model.mlp_dim / tensor
+    matmuls = 3 * model.dim + _heads(model) / tensor + 2 * model.mlp_dim / tensor
     statistics = model.num_heads / tensor * FULL / HALF
     block_input = model.dim / tensor  # between blocks tensor shards share the tokens
     return {"none": matmuls + statistics, "save_matmuls": matmuls}.get(layout.remat, block_input)
@@ -130,6 +184,16 @@ def _waiting(layout: Layout) -> float:
 
 def _working(model: ModelConfig, tensor: int) -> float:
     """Elements a token that live while one block is differentiated."""
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     statistics = 2 * model.num_heads * LANES * FULL / HALF / 2
-    return 8 * model.dim + (6 * model.mlp_dim + heads + statistics) / tensor
+    return 8 * model.dim + (6 * model.mlp_dim + _heads(model) + statistics) / tensor
+
+
+def _heads(model: ModelConfig) -> float:
+    """Elements a token of queries, keys, values and what attention makes of them."""
+    return (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+
+
+def _cross_heads(layout: Layout) -> float:
+    """The same of attention to the sources, whose keys and values are spread over the target tokens."""
+    model, sources = layout.model, layout.tokens / layout.decoder_tokens
+    return 2 * (model.num_heads + sources * model.num_kv_heads) * model.head_dim / layout.tensor

@@ -85,10 +85,10 @@ was measured on a chip: each figure names its source below.</p>
 <p>Blue: compute, by the compiler's estimates. Orange: communication that computation does not cover.</p>
 <h2>Collectives of a step</h2>
 <div class="wide"><table>
-<thead><tr><th>kind</th><th>mesh axis</th><th class="n">count</th><th class="n">GB</th><th class="n">on the wire, s</th>
-<th class="n">exposed, s</th><th>async</th></tr></thead><tbody>
+<thead><tr><th>kind</th><th>mesh axis</th><th>dtype</th><th class="n">count</th><th class="n">GB</th>
+<th class="n">on the wire, s</th><th class="n">exposed, s</th><th>async</th></tr></thead><tbody>
 {% for c in plan.collectives -%}
-<tr><td>{{ c.kind }}</td><td>{{ c.axis or "-" }}</td><td class="n">{{ c.count }}</td>
+<tr><td>{{ c.kind }}</td><td>{{ c.axis }}</td><td>{{ c.dtype }}</td><td class="n">{{ c.count }}</td>
 <td class="n">{{ "%.3f" % (c.bytes / 1e9) }}</td><td class="n">{{ "%.4f" % c.seconds }}</td>
 <td class="n">{{ "%.4f" % c.exposed_seconds }}</td><td>{{ "yes" if c.asynchronous else "no" }}</td></tr>
 {% endfor -%}
@@ -168,7 +168,7 @@ def _time(plan: Plan) -> list[Bar]:
     parts = [(op.name, op.seconds, COLOURS[0]) for op in plan.ops[:10]]
     rest = sum(op.seconds for op in plan.ops[10:])
     parts += [("other compute", rest, COLOURS[2])] if rest else []
-    parts += [(f"{c.kind} over {c.axis or 'some chips'}", c.exposed_seconds, COLOURS[3]) for c in plan.collectives
+    parts += [(f"{c.kind} over {c.axis}", c.exposed_seconds, COLOURS[3]) for c in plan.collectives
               if c.exposed_seconds > 1e-3 * plan.step_seconds]  # fmt: skip
     longest = max((seconds for _, seconds, _ in parts), default=1.0)
     return [Bar(name, f"{seconds:.3f} s", round(100 * seconds / longest, 2), colour) for name, seconds, colour in parts]

@@ -22,7 +22,7 @@ from llmjax.plan.compile import CompiledStep, HbmBytes, hbm_bytes
 from llmjax.plan.cost import Carbon, Cost
 from llmjax.plan.count import Collective, OpGroup, StaticKernels, StepCount, count_step
 from llmjax.plan.failures import Failures
-from llmjax.plan.memory import MOMENTS, layout_of, memory
+from llmjax.plan.memory import layout_of, memory
 from llmjax.plan.objections import ADAM_BYTES, Objection, claim_of, objections
 from llmjax.plan.topology import Topology, prepare
 
@@ -174,8 +174,8 @@ def _by_kind(hbm: HbmBytes, parameters: tuple[ParameterRow, ...], config: Config
              topology: Topology) -> dict[str, int]:
     """What the chip's memory holds."""
     weights = topology.chip.devices_per_chip * sum(row.bytes_per_device for row in parameters)
-    optimiser = min(weights * MOMENTS.get(config.optim.name, 2), hbm.argument - weights)
-    guess = memory(layout_of(config, mesh_sizes(config.mesh, len(topology.devices))))
+    layout = layout_of(config, mesh_sizes(config.mesh, len(topology.devices)))
+    guess, optimiser = memory(layout), min(round(weights * layout.moments), hbm.argument - weights)
     activations = round(hbm.temp * (guess.residuals + guess.activations) / guess.temp)
     return {"parameters": weights, "optimiser": optimiser, "batch": hbm.argument - weights - optimiser,
             "activations": activations, "temporaries": hbm.temp - activations}
@@ -198,7 +198,7 @@ def describe(plan: Plan) -> str:
     ]
     lines += [f"  {op.seconds:8.3f} s  {op.name}, {op.count} a step" for op in plan.ops[:8]]
     for item in plan.collectives:
-        lines.append(f"{item.kind:14} {item.bytes / 1e9:8.2f} GB over {item.axis or 'some chips'}, {item.count} a step"
+        lines.append(f"{item.kind:14} {item.bytes / 1e9:8.2f} GB {item.dtype} over {item.axis}, {item.count} a step"
                      f"{', async' if item.asynchronous else ''}, {item.exposed_seconds:.3f} of {item.seconds:.3f} s "
                      "exposed")  # fmt: skip
     expected = plan.failures

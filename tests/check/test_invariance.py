@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,21 +58,25 @@ def test_no_mesh_changes_anything(config: str, mesh: str) -> None:
     check(config, mesh)
 
 
-@pytest.mark.parametrize("shard", ["parameters", "gradients", "optimizer", "nothing"])
-def test_the_bytes_of_a_device_are_those_of_zero(shard: str) -> None:
+@pytest.mark.parametrize(("shard", "name"), [
+    ("parameters", "adamw"), ("gradients", "adamw"), ("optimizer", "adamw"), ("nothing", "adamw"),
+    ("parameters", "muon"), ("parameters", "adafactor"), ("optimizer", "lion"),
+])  # fmt: skip
+def test_the_bytes_of_a_device_are_those_of_zero(shard: str, name: Any) -> None:
     """Of real arrays on eight devices, four of them along fsdp."""
+    optim = dataclasses.replace(CONFIG.optim, name=name)
     model = abstract_model(CONFIG.model)
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2, torus="2x2x2"))
     placement = placement_of(model, shard)
-    optimizer = build_optimizer(CONFIG.optim, steps=1, axes=model.axes)
+    optimizer = build_optimizer(optim, steps=1, axes=model.axes)
     with jax.set_mesh(mesh):
         params = init_params(CONFIG.model, jax.random.key(0), mesh)
         state = jax.jit(lambda params: init_state(params, optimizer, placement=placement))(params)
         gradients = place(params, placement.gradients)
-    wanted = formula(model, mesh, shard=shard)
+    wanted = formula(model, mesh, shard=shard, optim=optim)
     assert (measured(state.params), measured(gradients)) == (wanted.params, wanted.gradients)
     assert measured(state.opt_state) == wanted.optimizer
-    spread, whole = wanted.params, formula(model, mesh, shard="nothing").params
+    spread, whole = wanted.params, formula(model, mesh, shard="nothing", optim=optim).params
     assert (spread < 0.3 * whole) == (shard == "parameters")
 
 
@@ -114,6 +119,23 @@ def test_the_command_exits_1_when_a_mesh_is_out_of_tolerance(
     assert "data=2" in capsys.readouterr().out.splitlines()[-1]
     wrong.clear()
     assert cli.main(command) == 0
+
+
+SMALLER = ("model.dim=32", "model.head_dim=8", "model.mlp_dim=64", "tokenizer.vocab_size=64", "data.batch_size=8",
+           "data.seq_len=32")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["tiny_t5", "tiny_bert", "quickstart"])
+def test_the_command_takes_recipes_with_and_without_encoders(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first two meshes of eight devices, which split most axes."""
+    monkeypatch.setattr("llmjax.check.invariance.legal_meshes", lambda *given: legal_meshes(*given)[:2])
+    overrides = [f"--config.{field}" for field in (*SMALLER, *(["data.target_len=16"] if recipe == "tiny_t5" else []))]
+    config = Path(__file__).parents[2] / "configs" / f"{recipe}.py"
+    assert cli.main(["check", f"--config={config}", *overrides, "--devices=8", "--steps=2", "--budget=3600"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 meshes, 0 out of tolerance"
 
 
 @pytest.mark.slow

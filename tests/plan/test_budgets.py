@@ -1,108 +1,88 @@
-"""What recipes cost on real topologies: memory of a chip, and bytes by mesh axis and kind of collective.
+"""What steps cost on real topologies: memory of a chip, and bytes by mesh axis, kind of collective and dtype.
 
 The figures are read from the program that the TPU compiler schedules. They stand in budgets.json beside this file;
-what costs more than 3 % above them fails. `pytest --update-golden -m tpu_compile` writes them anew.
+what costs more than 3 % above them fails. `python -m tests.plan.budgets NAME` writes them anew.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from llmjax.core.config import load as load_config
-from llmjax.core.mesh import make_mesh
-from llmjax.core.sections import Config, MeshConfig
+from llmjax.core.mesh import FSDP_AXES, check_fits, make_mesh
+from llmjax.core.sections import MeshConfig
+from llmjax.models.flops import num_params
 from llmjax.plan import topology
-from llmjax.plan.collectives import Wires
 from llmjax.plan.compile import compile_step, hbm_bytes
-from llmjax.plan.count import count_step
-from llmjax.plan.program import parse
+from tests.plan.budgets import CASES, LARGE, ROOT, SMALL, Cost, budgets, cost_of
 
-ROOT = Path(__file__).parents[2]
-BUDGETS = Path(__file__).parent / "budgets.json"
 TOLERANCE = 1.03
-SMALL = 2**14  # bytes a step that nobody budgets: losses, norms, counters
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A recipe on some slices, with the overrides that fit it to them."""
-
-    recipe: str
-    topology: str
-    overrides: dict[str, str]
-    num_slices: int = 1
-
-    @property
-    def config(self) -> Config:
-        return load_config(str(ROOT / "configs" / f"{self.recipe}.py"), self.overrides)
-
-
-SMALL_VOCABULARY = {"model.vocab_size": "2048", "mesh.data": "1"}
-CASES = {
-    "v5p": Case("quickstart", "v5p:4x4x4", SMALL_VOCABULARY | {"mesh.fsdp": "64", "data.batch_size": "64"}),
-    "v5e": Case("quickstart", "v5e:16x16", SMALL_VOCABULARY | {
-        "mesh.fsdp": "64", "mesh.tensor": "2", "mesh.data": "2", "data.batch_size": "128"}),
-    "v6e": Case("quickstart", "v6e:16x16", SMALL_VOCABULARY | {
-        "mesh.fsdp": "32", "mesh.stage": "4", "mesh.tensor": "2", "train.accumulation": "8", "data.batch_size": "256"}),
-    "slices": Case("quickstart", "v5e:4x4", SMALL_VOCABULARY | {
-        "mesh.slice": "2", "mesh.fsdp": "8", "mesh.tensor": "2", "data.batch_size": "32"}, num_slices=2),
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What a step takes of a chip."""
-
-    argument: int
-    temp: int
-    moved: dict[str, int]  # bytes by kind of collective and axis
-
-
-def cost_of(case: Case) -> Cost:
-    """By the compiler's memory analysis and its scheduled program."""
-    slice_ = topology.load(case.topology, num_slices=case.num_slices)
-    step = compile_step(case.config, slice_)
-    program = parse(step.executable.as_text())
-    count = count_step(program, Wires(step.mesh, None), clock=slice_.chip.clock, kernel_seconds=lambda kernel: 0.0)
-    moved: dict[str, int] = {}
-    for one in count.collectives:
-        if one.bytes >= SMALL:
-            key = f"{one.kind} {one.axis}"
-            moved[key] = moved.get(key, 0) + one.bytes
-    memory = hbm_bytes(step, slice_)
-    return Cost(memory.argument, memory.temp, dict(sorted(moved.items())))
+GRADIENT_AXES = {"slice", "data", *FSDP_AXES, "expert"}  # what is summed over any of them is a gradient or a statistic
+WRITTEN = budgets()
 
 
 @pytest.mark.slow
 @pytest.mark.tpu_compile
+@pytest.mark.parametrize("name", SMALL)
+def test_a_step_costs_no_more_than_its_budget(name: str) -> None:
+    assert not over(cost_of(CASES[name]), WRITTEN[name])
+
+
+@pytest.mark.large_compile
+@pytest.mark.parametrize("name", LARGE)
+def test_a_step_of_a_published_recipe_costs_no_more_than_its_budget(name: str) -> None:
+    if name not in WRITTEN:
+        pytest.skip(f"no budget: python -m tests.plan.budgets '{name}'")
+    assert not over(cost_of(CASES[name]), WRITTEN[name])
+
+
+@pytest.mark.tpu_compile
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_costs_no_more_than_its_budget(name: str, request: pytest.FixtureRequest) -> None:
-    cost = dataclasses.asdict(cost_of(CASES[name]))
-    print(json.dumps(cost, indent=2))
-    budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-    if request.config.getoption("--update-golden"):
-        BUDGETS.write_text(json.dumps(budgets | {name: cost}, indent=2, sort_keys=True) + "\n")
-        return
-    assert not over(cost, budgets[name])
+def test_a_case_fits_its_slices(name: str) -> None:
+    slices = topology.load(CASES[name].topology, num_slices=CASES[name].num_slices)
+    config = CASES[name].config
+    check_fits(config, make_mesh(config.mesh, slices.devices))
 
 
-def over(cost: dict, budget: dict) -> dict[str, tuple[int, int]]:
+def over(cost: Cost, budget: Cost) -> dict[str, tuple[int, int]]:
     """What costs more than its budget and 3 %: (cost, budget)."""
-    flat = [{"argument": one["argument"], "temp": one["temp"], **one["moved"]} for one in (cost, budget)]
-    return {name: (value, flat[1].get(name, 0)) for name, value in flat[0].items()
-            if value > TOLERANCE * flat[1].get(name, 0)}  # fmt: skip
+    found, allowed = ({"argument": one.argument, "temp": one.temp, **one.moved} for one in (cost, budget))
+    return {name: (value, allowed.get(name, 0)) for name, value in found.items()
+            if value > TOLERANCE * allowed.get(name, 0)}  # fmt: skip
 
 
 def test_three_percent_more_is_over_budget() -> None:
-    budget = {"argument": 1000, "temp": 1000, "moved": {"all-gather fsdp": 1000}}
-    assert not over({"argument": 1030, "temp": 900, "moved": {"all-gather fsdp": 1030}}, budget)
-    found = over({"argument": 1031, "temp": 900, "moved": {"all-gather fsdp": 1031, "all-reduce fsdp": 5}}, budget)
-    assert found == {"argument": (1031, 1000), "all-gather fsdp": (1031, 1000), "all-reduce fsdp": (5, 0)}
+    budget = Cost(1000, 1000, {"all-gather fsdp bf16": 1000})
+    assert not over(Cost(1030, 900, {"all-gather fsdp bf16": 1030}), budget)
+    found = over(Cost(1031, 900, {"all-gather fsdp bf16": 1031, "reduce-scatter fsdp bf16": 5}), budget)
+    assert found == {"argument": (1031, 1000), "all-gather fsdp bf16": (1031, 1000), "reduce-scatter fsdp bf16": (5, 0)}
+
+
+def moved(name: str) -> Iterator[tuple[str, set[str], str, int]]:
+    """Kind, axes, dtype and bytes of what a budget moves."""
+    for key, size in WRITTEN[name].moved.items():
+        kind, axes, dtype = key.split(" ")
+        yield kind, set(axes.split("+")), dtype, size
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_gradients_are_summed_in_float32(name: str) -> None:
+    sums = [dtype for kind, axes, dtype, _ in moved(name)
+            if kind in ("all-reduce", "reduce-scatter") and axes & GRADIENT_AXES]  # fmt: skip
+    assert "f32" in sums and {part for dtype in sums for part in dtype.split("+")} <= {"f32", "s32"}, sums
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN if CASES[name].num_slices > 1])
+def test_only_gradients_cross_slices_a_shard_for_each_chip(name: str) -> None:
+    """Behind the reduce-scatter within a slice: four bytes a parameter, over the chips of a slice."""
+    across = [(kind, axes, size) for kind, axes, _, size in moved(name) if "slice" in axes]
+    assert {(kind, *axes) for kind, axes, _ in across} == {("all-reduce", "slice")}
+    config = CASES[name].config
+    chips = config.mesh.fsdp * config.mesh.tensor * config.mesh.expert
+    assert sum(size for _, _, size in across) == pytest.approx(4 * num_params(config.model) / chips, rel=0.02)
 
 
 @pytest.mark.tpu_compile

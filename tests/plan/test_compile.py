@@ -97,8 +97,8 @@ def test_llama3_8b_compiles_for_64_chips_of_v5p(tmp_path: Path) -> None:
     assert (result["chips"], result["num_params"]) == (64, 8_030_261_248)
     assert result["hbm_bytes_per_chip"]["argument"] == pytest.approx(12 * 8_030_261_248 / 64, rel=0.01)
     assert result["hbm_bytes_per_chip"]["total"] < 20e9
-    moved = {(one["kind"], one["axis"]): one["bytes"] for one in result["collectives"]}
+    moved = {(one["kind"], one["axis"], one["dtype"]): one["bytes"] for one in result["collectives"]}
     # Gradients are reduce-scattered in float32, along one axis of the torus after the other; none is all-reduced whole.
-    assert moved["reduce-scatter", "fsdp"] == pytest.approx(4 * 8_030_261_248, rel=0.01)
-    assert moved["reduce-scatter", "fsdp_y"] == pytest.approx(8_030_261_248, rel=0.01)
-    assert sum(size for (kind, _), size in moved.items() if kind == "all-reduce") < 1e9
+    assert moved["reduce-scatter", "fsdp", "f32"] == pytest.approx(4 * 8_030_261_248, rel=0.01)
+    assert moved["reduce-scatter", "fsdp_y", "f32"] == pytest.approx(8_030_261_248, rel=0.01)
+    assert sum(size for (kind, _, _), size in moved.items() if kind == "all-reduce") < 1e9

@@ -77,11 +77,32 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
 
 
+# What the compiler makes of two slices is the program of one: groups count its own devices.
+TWO_SLICES = """HloModule step
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %near = f32[8]{0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %turned = f32[8]{0} collective-permute(%near), source_target_pairs={{0,2},{2,0},{1,3},{3,1}}
+  %whole = f32[8]{0} all-reduce(%turned), replica_groups={}, to_apply=%add
+  %token = token[] after-all()
+  %send = (f32[2,4]{1,0}, u32[], token[]) send(%whole, %token), channel_id=2, is_host_transfer=true,
+      frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[2,4]{1,0}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true,
+      frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %received = (f32[2,4]{1,0}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %y = f32[8]{0} get-tuple-element(%received), index=0
+}
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Device:
     """As much of a TPU as wiring needs."""
 
     coords: tuple[int, ...]
+    slice_index: int = 0
 
 
 def no_kernels(instruction: program.Instruction) -> float:
@@ -90,7 +111,7 @@ def no_kernels(instruction: program.Instruction) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """As much of a mesh: four chips along one axis."""
+    """As much of a mesh: four chips along one axis, unless said otherwise."""
 
     devices: np.ndarray
     axis_names: tuple[str, ...] = ("fsdp",)
@@ -112,11 +133,25 @@ def mesh() -> Mesh:
 def test_loops_asynchrony_axes_and_bytes(mesh: Mesh) -> None:
     counted = count_step(program.parse(PROGRAM), Wires(mesh, None), clock=1.0, kernel_seconds=no_kernels)
     assert set(counted.collectives) == {
-        Collective("all-gather", "fsdp", asynchronous=True, count=5, bytes=5 * 8 * 16 * 2),
-        Collective("reduce-scatter", "data", asynchronous=True, count=1, bytes=8 * 16 * 4),
-        Collective("reduce-scatter", "fsdp", asynchronous=False, count=1, bytes=8 * 16 * 4),
-        Collective("all-reduce", "data", asynchronous=False, count=3, bytes=3 * (4 * 4 + 6 * 2)),
-        Collective("all-reduce", "data+fsdp", asynchronous=False, count=1, bytes=8 * 16 * 4),
+        Collective("all-gather", "fsdp", "bf16", asynchronous=True, count=5, bytes=5 * 8 * 16 * 2),
+        Collective("reduce-scatter", "data", "f32", asynchronous=True, count=1, bytes=8 * 16 * 4),
+        Collective("reduce-scatter", "fsdp", "f32", asynchronous=False, count=1, bytes=8 * 16 * 4),
+        Collective("all-reduce", "data", "bf16+f32", asynchronous=False, count=3, bytes=3 * (4 * 4 + 6 * 2)),
+        Collective("all-reduce", "data+fsdp", "f32", asynchronous=False, count=1, bytes=8 * 16 * 4),
+    }
+
+
+@pytest.mark.parametrize("outer", ["slice", "stage"])
+def test_what_crosses_slices_is_told_from_what_stays(outer: str) -> None:
+    grid = np.array([Device((x, y, 0), pod) for pod in range(2) for x in range(2) for y in range(2)], dtype=object)
+    both = Row(grid.reshape(2, 2, 2), (outer, "fsdp", "tensor"), 8)
+    wires = Wires(both, None)  # type: ignore[arg-type]
+    counted = count_step(program.parse(TWO_SLICES), wires, clock=1.0, kernel_seconds=no_kernels)
+    assert set(counted.collectives) == {
+        Collective("all-reduce", "tensor", "f32", asynchronous=False, count=1, bytes=32),
+        Collective("collective-permute", "fsdp", "f32", asynchronous=False, count=1, bytes=32),
+        Collective("all-reduce", "fsdp+tensor", "f32", asynchronous=False, count=1, bytes=32),
+        Collective("all-reduce", outer, "f32", asynchronous=True, count=1, bytes=32),
     }
 
 

@@ -29,7 +29,7 @@ PLAN = Plan(
     model_flops_per_chip=843e12, compute_seconds=2.7, exposed_communication_seconds=0.1, step_seconds=2.8,
     tokens_per_second=374_491.0, estimated_mfu=0.65, bound="compute",
     ops=tuple(OpGroup(f"backward: op{i}", 10, 1.0 / (i + 1)) for i in range(12)),
-    collectives=(Collective("all-gather", "fsdp", asynchronous=True, count=64, bytes=16 * GB, seconds=0.2,
+    collectives=(Collective("all-gather", "fsdp", "bf16", asynchronous=True, count=64, bytes=16 * GB, seconds=0.2,
                             exposed_seconds=0.1),),
     kernels_without_bundles=0, cost=cost.run_cost("v5p", chip_hours=50.0),
     carbon=cost.run_carbon("v5p", chip_hours=50.0),
