@@ -5,6 +5,7 @@ XLA's own count leaves out Pallas kernels and loop trips; figures such as MFU co
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -38,7 +39,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 def num_params(config: ModelConfig) -> int:
     """All parameters; tied embeddings count once. The balancing bias of routers is none: no gradient trains it."""
-    return sum(size for axes, size in _declared(config) if "balance" not in axes)
+    return sum(one.size for one in declared(config) if "balance" not in one.axes)
 
 
 def num_matmul_params(config: ModelConfig) -> float:
@@ -46,9 +47,9 @@ def num_matmul_params(config: ModelConfig) -> float:
 
     Heads of multi-token prediction have no vocabulary of their own: each multiplies with the model's once more.
     """
-    declared = sum(size * _share(config, axes) for axes, size in _declared(config) if _is_multiplied(axes))
+    once = sum(one.size * _share(config, one.axes) for one in declared(config) if _is_multiplied(one.axes))
     again = config.multi_token + (1 if config.embeddings == "tied" else 0)
-    return declared + again * config.vocab_size * config.dim
+    return once + again * config.vocab_size * config.dim
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, target_len: int = 0) -> float:
@@ -82,13 +83,9 @@ def _beside_an_encoder(config: ModelConfig, dims: int, *, seq_len: int, target_l
 @functools.lru_cache(maxsize=64)
 def _num_source_params(config: ModelConfig) -> float:
     """Parameters that a token of a source is multiplied with: the encoder's, and keys and values of cross-attention."""
-    from llmjax.models.decoder import abstract_model
-
-    model = abstract_model(config)
-    axes = tree.flatten(model.axes)
-    own = [path for path in axes if path[0] == "encoder" or path[-2:] in (("cross", "k"), ("cross", "v"))]
-    sizes = {path: math.prod(leaf.shape) for path, leaf in tree.flatten(model.shapes).items()}
-    return sum(sizes[path] * _share(config, axes[path]) for path in own if _is_multiplied(axes[path]))
+    own = [one for one in declared(config)
+           if one.path[0] == "encoder" or one.path[-2:] in (("cross", "k"), ("cross", "v"))]  # fmt: skip
+    return sum(one.size * _share(config, one.axes) for one in own if _is_multiplied(one.axes))
 
 
 def _mean_keys(attention: AttentionConfig, span: str, seq_len: int) -> float:
@@ -109,14 +106,27 @@ def _spans(config: ModelConfig) -> Iterator[str]:
     yield from itertools.repeat("global", config.multi_token)
 
 
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """A parameter as it was declared, stacked."""
+
+    path: tree.Path
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
 @functools.lru_cache(maxsize=64)
-def _declared(config: ModelConfig) -> tuple[tuple[tuple[str, ...], int], ...]:
-    """Logical axes and size of every parameter."""
+def declared(config: ModelConfig) -> tuple[Declared, ...]:
+    """All parameters of a model."""
     from llmjax.models.decoder import abstract_model  # flax takes its time to load
 
     model = abstract_model(config)
     axes = tree.flatten(model.axes)
-    return tuple((axes[path], math.prod(leaf.shape)) for path, leaf in tree.flatten(model.shapes).items())
+    return tuple(Declared(path, axes[path], leaf.shape) for path, leaf in tree.flatten(model.shapes).items())
 
 
 def _is_multiplied(axes: tuple[str, ...]) -> bool:

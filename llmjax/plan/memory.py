@@ -16,10 +16,9 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from llmjax.core import tree
 from llmjax.core.config import flatten
 from llmjax.core.sections import Config, ModelConfig, OptimConfig
-from llmjax.models.flops import num_params
+from llmjax.models.flops import declared, num_params
 from llmjax.optim.held import held_shapes
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
@@ -153,24 +152,16 @@ def _stacks(layout: Layout) -> list[_Stack]:
 @functools.lru_cache(maxsize=64)
 def block_params(model: ModelConfig, *, stack: Literal["decoder", "encoder"] = "decoder") -> float:
     """Parameters of one block, on average over the layers."""
-    from llmjax.models.decoder import abstract_model  # flax takes its time to load
-
-    declared = abstract_model(model)
-    axes = tree.flatten(declared.axes)
-    sizes = [math.prod(leaf.shape) for path, leaf in tree.flatten(declared.shapes).items()
-             if "layers" in axes[path] and path[0] != "multi_token" and (path[0] == "encoder") == (stack == "encoder")]
+    sizes = [one.size for one in declared(model) if "layers" in one.axes and one.path[0] != "multi_token"
+             and (one.path[0] == "encoder") == (stack == "encoder")]  # fmt: skip
     return sum(sizes) / (model.encoder_layers if stack == "encoder" else model.num_layers)
 
 
 @functools.lru_cache(maxsize=64)
 def moments_a_parameter(model: ModelConfig, optim: OptimConfig) -> float:
     """Numbers that the optimiser keeps, over those of the parameters."""
-    from llmjax.models.decoder import abstract_model  # flax takes its time to load
-
-    declared = abstract_model(model)
-    axes, leaves = tree.flatten(declared.axes), tree.flatten(declared.shapes)
-    held = [shape for path, leaf in leaves.items() for shape in held_shapes(optim, axes[path], leaf.shape)]
-    return sum(map(math.prod, held)) / sum(math.prod(leaf.shape) for leaf in leaves.values())
+    held = [shape for one in declared(model) for shape in held_shapes(optim, one.axes, one.shape)]
+    return sum(map(math.prod, held)) / sum(one.size for one in declared(model))
 
 
 def _waiting(layout: Layout) -> float:
