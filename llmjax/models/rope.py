@@ -14,6 +14,7 @@ import numpy as np
 
 from llmjax.core import collectives
 from llmjax.core.model_sections import ModelConfig, RopeScaling, Span
+from llmjax.kernels.rotary import api as kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +107,4 @@ def _dynamic_ntk(dim: int, *, theta: float, scaling: RopeScaling, positions_BT11
 
 def rotate(x_BTNH: jax.Array, tables: RopeTables | None) -> jax.Array:
     """Rotate the pairs (i, i + R) of the first 2 R dims; in float32, returned in the dtype it came in."""
-    if tables is None:
-        return x_BTNH
-    cos, sin, num_pairs = tables.cos_BT1R, tables.sin_BT1R, tables.cos_BT1R.shape[-1]
-    first, second, rest = jnp.split(x_BTNH.astype(jnp.float32), (num_pairs, 2 * num_pairs), axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1).astype(x_BTNH.dtype)
+    return x_BTNH if tables is None else kernel.rotate(x_BTNH, tables.cos_BT1R, tables.sin_BT1R)

@@ -1,9 +1,10 @@
 """The one counter of a compiled step: cycles, FLOPs and bytes of its scheduled program, in seconds of a chip.
 
 Instructions run one after the other, as scheduled, each for the compiler's `estimated_cycles`; loops as often as they
-trip. A Pallas kernel runs for its static cycles, never less than its FLOPs take at the chip's peak. A collective is
-exposed for as long as the device has to wait for it: all of it where it is synchronous, else what the instructions
-between its start and its done do not cover. Instructions that the compiler gives no estimate for count nothing.
+trip. A Pallas kernel runs for its static cycles, never less than its FLOPs take at the chip's peak and the bytes that
+it declares take at its memory's bandwidth. A collective is exposed for as long as the device has to wait for it: all
+of it where it is synchronous, else what the instructions between its start and its done do not cover. Instructions
+that the compiler gives no estimate for count nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ ATTENTION_PRODUCTS = (("dkv", 4), ("dq", 3), ("mha_fwd", 2), ("flash_attention",
 ATTENTION_BLOCK = 512  # rows of a tile of our own kernel
 
 _COST = re.compile(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
+_BYTES = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"?(\d+)')
 _OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?)\}, [a-z_]+=")
 _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]+)\]")
 
@@ -192,7 +194,7 @@ def _group(instruction: Instruction) -> str:
 
 
 class StaticKernels:
-    """Seconds of Pallas kernels by their bundles in a folder, never below their FLOPs at the chip's peak."""
+    """Seconds of Pallas kernels by their bundles in a folder, never below what their FLOPs and bytes take."""
 
     def __init__(self, folder: Path | None, chip: Chip) -> None:
         self._folder, self._chip = folder, chip
@@ -201,9 +203,10 @@ class StaticKernels:
 
     def __call__(self, instruction: Instruction) -> float:
         if instruction.name not in self._known:
-            flops = kernel_flops(instruction)
-            floor = flops / (self._chip.peak_flops / self._chip.devices_per_chip)
-            self._known[instruction.name] = max(floor, self._static(instruction))
+            devices, moved = self._chip.devices_per_chip, _BYTES.search(instruction.text)
+            compute = kernel_flops(instruction) / (self._chip.peak_flops / devices)
+            memory = float(moved[1]) / (self._chip.hbm_bandwidth / devices) if moved else 0.0
+            self._known[instruction.name] = max(compute, memory, self._static(instruction))
         return self._known[instruction.name]
 
     def _static(self, instruction: Instruction) -> float:
