@@ -11,7 +11,7 @@ import pytest
 from llmjax.core.errors import ConfigError
 from llmjax.core.mesh import MESH_AXES, axis_size, check_fits, make_mesh, split_fsdp
 from llmjax.core.sections import AXIS_NAMES, MeshConfig
-from tests.check.matrix import CONFIG, change
+from tests.check.matrix import change
 
 
 @pytest.mark.parametrize(("sizes", "torus", "parts"), [
