@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from llmjax.core.mesh import for_tpu
 from llmjax.kernels.attention.options import Options, Terms
 
 LANES = 128  # width of a TPU vector register
@@ -60,9 +61,7 @@ class Tile:
 
 def vmem_bytes() -> int:
     """Vector memory of a core of the chip that is traced for."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    known = device is not None and device.platform == "tpu"
-    return int(pltpu.get_tpu_info().vmem_capacity_bytes) if known else DEFAULT_VMEM
+    return int(pltpu.get_tpu_info().vmem_capacity_bytes) if for_tpu() else DEFAULT_VMEM
 
 
 def choose_tiling(num_queries: int, num_keys: int, *, bytes_per_key: int) -> Tiling:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from llmjax.core.mesh import for_tpu
 from llmjax.kernels.grouped_matmul import blocks, xla
 
 
@@ -13,8 +14,7 @@ def grouped_matmul(x_TI: jax.Array, w_EIO: jax.Array, group_sizes_E: jax.Array) 
     `group_sizes_E` (int32) adds up to at most T; what rows beyond the last group give is zero. Letters: T rows,
     I inputs, O outputs, E groups.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None or device.platform != "tpu":
+    if not for_tpu():
         return blocks.grouped_matmul(x_TI, w_EIO, group_sizes_E)
     from llmjax.kernels.grouped_matmul import pallas_tpu  # imported where it runs: Pallas takes its time to load
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from llmjax.core.mesh import for_tpu
+
 LANES = 128  # width of a TPU vector register
 ROWS = 512  # of a tile: fewer leave the matrix units waiting for weights
 SPARE_BYTES = 16 * 2**20  # vector memory for sums and what the compiler keeps
@@ -37,9 +39,7 @@ class Steps:
 
 def vmem_bytes() -> int:
     """Vector memory of a core of the chip that is traced for."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    known = device is not None and device.platform == "tpu"
-    return int(pltpu.get_tpu_info().vmem_capacity_bytes) if known else DEFAULT_VMEM
+    return int(pltpu.get_tpu_info().vmem_capacity_bytes) if for_tpu() else DEFAULT_VMEM
 
 
 def make_steps(sizes_E: jax.Array, *, num_rows: int, rows: int, visit_empty: bool) -> Steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from llmjax.core.mesh import for_tpu
 from llmjax.kernels.rotary import xla
 
 
@@ -12,8 +13,7 @@ def rotate(x_BTNH: jax.Array, cos_BT1R: jax.Array, sin_BT1R: jax.Array) -> jax.A
 
     (B, T, N, H) in the dtype that it came in; cosines and sines, (B, T, 1, R) float32, are not differentiated.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None or device.platform != "tpu":
+    if not for_tpu():
         return xla.rotate(x_BTNH, cos_BT1R, sin_BT1R)
     from llmjax.kernels.rotary import pallas_tpu  # imported where it runs: Pallas takes its time to load
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llmjax.core import collectives
+from llmjax.core.mesh import for_tpu
 
 AXIS = "expert"
 
@@ -43,8 +44,7 @@ def _ragged(rows_MD: jax.Array, counts_XX: jax.Array, num_rows: int) -> jax.Arra
     """Send the first `counts_XX[s, r]` rows not yet sent from shard s to r; what is left of `num_rows` stays zero."""
     pieces = _pieces(counts_XX, lax.axis_index(AXIS))
     empty = jnp.zeros((num_rows, rows_MD.shape[1]), rows_MD.dtype)
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform == "tpu":
+    if for_tpu():
         return lax.ragged_all_to_all(rows_MD, empty, pieces.input_offsets, pieces.send_sizes, pieces.output_offsets,
                                      pieces.recv_sizes, axis_name=AXIS)
     return _ragged_by_gather(rows_MD, empty, pieces)

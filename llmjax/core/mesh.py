@@ -33,6 +33,12 @@ SPREAD = {"model.dim": "fsdp", "model.num_heads": "tensor", "model.num_kv_heads"
           "model.latent.kv_lora_rank": "fsdp", "model.latent.q_lora_rank": "fsdp"}  # fmt: skip
 
 
+def for_tpu() -> bool:
+    """Whether the mesh that is traced for, which need not be this machine's, is one of TPUs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "tpu"
+
+
 def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     """Sizes of a config's axes, the one given as -1 filled in; ConfigError when they do not multiply to the devices."""
     sizes = {axis: getattr(config, axis) for axis in AXIS_NAMES}

@@ -19,6 +19,8 @@ from typing import Literal
 import jax
 from jax import lax
 
+from llmjax.core.mesh import for_tpu
+
 Matmul = Literal["plain", "int8", "fp8"]
 # By model.matmul: what activations and weights become, and what derivatives do, which vary more.
 ROUNDED = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
@@ -60,8 +62,34 @@ def _backward(matmul: Matmul, residuals: tuple[jax.Array, jax.Array],
 _dense.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense_as_it_lies(x: jax.Array, w: jax.Array, num_in_dims: int) -> jax.Array:
+    first = x.ndim - num_in_dims
+    return lax.dot_general(x, w, ((tuple(range(first, x.ndim)), tuple(range(num_in_dims))), ((), ())))
+
+
+def _forward_as_it_lies(x: jax.Array, w: jax.Array, num_in_dims: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _dense_as_it_lies(x, w, num_in_dims), (x, w)
+
+
+def _backward_as_it_lies(num_in_dims: int, residuals: tuple[jax.Array, jax.Array],
+                         dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = residuals
+    lead = tuple(range(x.ndim - num_in_dims))
+    outputs, of_weight = tuple(range(len(lead), dy.ndim)), tuple(range(num_in_dims, w.ndim))
+    return lax.dot_general(dy, w, ((outputs, of_weight), ((), ()))), lax.dot_general(x, dy, ((lead, lead), ((), ())))
+
+
+_dense_as_it_lies.defvjp(_forward_as_it_lies, _backward_as_it_lies)
+
+
 def dense(x: jax.Array, w: jax.Array, *, num_in_dims: int = 1, matmul: Matmul = "plain") -> jax.Array:
-    """Contract the last `num_in_dims` dims of x, which stand behind (B, T), with the first ones of w."""
+    """Contract the last `num_in_dims` dims of x, which stand behind (B, T), with the first ones of w.
+
+    Of matrices, but on TPU of arrays as they lie there: to make a matrix of heads that kernels want apart is a copy.
+    """
+    if matmul == "plain" and for_tpu():
+        return _dense_as_it_lies(x, w, num_in_dims)
     lead, inputs = x.shape[:-num_in_dims], math.prod(x.shape[-num_in_dims:])
     y_TO = _dense(x.reshape(-1, inputs), w.reshape(inputs, -1), matmul)
     return y_TO.reshape(*lead, *w.shape[num_in_dims:])
