@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import jax
 
+from llmjax.core.mesh import for_tpu
 from llmjax.kernels.attention.options import CAUSAL, Options
 from llmjax.kernels.paged_attention import xla
 from llmjax.kernels.paged_attention.pages import Pages, Sequences
@@ -17,13 +20,16 @@ def paged_attention(q_TNH: jax.Array, pages: Pages, sequences: Sequences, *, max
     here: 1 when all of them decode. Tokens of no sequence give zeros. In the latent form (Liu et al. 2024, appendix C)
     `q_TNH` is in the latent's space, K is 1 and `options.scale` that of the heads. Letters as in pages.py.
     """
-    told = {"max_queries": max_queries, "value_dim": value_dim, "options": options, "sinks_N": sinks_N}
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None or device.platform != "tpu":
-        return xla.paged_attention(q_TNH, pages, sequences, **told)
+    def attend(module: ModuleType) -> jax.Array:
+        out_TNW: jax.Array = module.paged_attention(q_TNH, pages, sequences, max_queries=max_queries,
+                                                    value_dim=value_dim, options=options, sinks_N=sinks_N)
+        return out_TNW
+
+    if not for_tpu():
+        return attend(xla)
     from llmjax.kernels.paged_attention import pallas_tpu  # imported where it runs: Pallas takes its time to load
 
     try:
-        return pallas_tpu.paged_attention(q_TNH, pages, sequences, **told)
+        return attend(pallas_tpu)
     except NotImplementedError:
-        return xla.paged_attention(q_TNH, pages, sequences, **told)
+        return attend(xla)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from llmjax.core.mesh import for_tpu
 from llmjax.kernels.attention.options import CAUSAL, Options
 from llmjax.kernels.attention.tpu_scores import LOG2E, MASKED
 from llmjax.kernels.attention.tpu_tiles import round_up, vmem_bytes
@@ -57,9 +58,7 @@ def choose_blocks(kind: Kind, pages: Pages, *, num_heads: int, max_queries: int)
 
 def num_cores() -> int:
     """TensorCores that one device has."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    known = device is not None and device.platform == "tpu"
-    return pltpu.get_tpu_info().num_cores if known else DEFAULT_CORES
+    return pltpu.get_tpu_info().num_cores if for_tpu() else DEFAULT_CORES
 
 
 def _of_chosen(q_TNH: jax.Array, pages: Pages, sequences: Sequences, chosen_B: jax.Array, *, static: Static,

@@ -39,9 +39,9 @@ class Spec:
         num_pages, width = self.S // self.L, -(-self.row_dim // 128) * 128
         lead = (self.B * num_pages, self.K)
         scales = None if self.dtype == "bfloat16" else jax.ShapeDtypeStruct((*lead, 2, self.L), jnp.float32)
-        pages = Pages(jax.ShapeDtypeStruct((*lead, self.L, width), jnp.dtype(self.dtype)), scales)
-        sequences = Sequences(*(jax.ShapeDtypeStruct(shape, jnp.int32)
-                                for shape in ((self.B + 1,), (self.B,), (self.B, num_pages))))
+        pages = jax.eval_shape(Pages, jax.ShapeDtypeStruct((*lead, self.L, width), jnp.dtype(self.dtype)), scales)
+        sequences = jax.eval_shape(Sequences, *(jax.ShapeDtypeStruct(shape, jnp.int32)
+                                                for shape in ((self.B + 1,), (self.B,), (self.B, num_pages))))
         return jax.ShapeDtypeStruct((self.B * self.Q, self.N, self.H), jnp.bfloat16), pages, sequences
 
     def sequences(self) -> Sequences:

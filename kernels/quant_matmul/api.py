@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import jax
 
+from llmjax.core.mesh import for_tpu
 from llmjax.kernels.quant_matmul import xla
 from llmjax.kernels.quant_matmul.weights import QuantisedWeight
 
 
 def quant_matmul(x_TI: jax.Array, weight: QuantisedWeight) -> jax.Array:
     """x w, (T, O) in the dtype of the rows; the rows are not quantised."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None or device.platform != "tpu":
+    if not for_tpu():
         return xla.quant_matmul(x_TI, weight)
     from llmjax.kernels.quant_matmul import pallas_tpu  # imported where it runs: Pallas takes its time to load
 

@@ -23,8 +23,8 @@ class Spec:
     def shapes(self) -> tuple:
         """Rows and weight."""
         return (jax.ShapeDtypeStruct((self.T, self.I), jnp.bfloat16),
-                QuantisedWeight(jax.ShapeDtypeStruct((self.I, self.O), jnp.dtype(self.dtype)),
-                                jax.ShapeDtypeStruct((self.G, self.O), jnp.float32)))
+                jax.eval_shape(QuantisedWeight, jax.ShapeDtypeStruct((self.I, self.O), jnp.dtype(self.dtype)),
+                               jax.ShapeDtypeStruct((self.G, self.O), jnp.float32)))
 
     def bytes(self) -> float:
         """That have to be read and written once."""
