@@ -26,61 +26,55 @@ Matmul = Literal["plain", "int8", "fp8"]
 ROUNDED = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
 
 
-def _product(a: jax.Array, b: jax.Array, dims: tuple[int, int], dtypes: tuple[str, str] | None) -> jax.Array:
-    """Contract dim dims[0] of a with dim dims[1] of b, both of them matrices."""
-    contracted = (((dims[0],), (dims[1],)), ((), ()))
-    if dtypes is None:
-        return lax.dot_general(a, b, contracted)
-    import qwix
-
-    rounded = (qwix.quantize(x, dtype, channelwise_axes=(1 - dim,))
-               for x, dim, dtype in zip((a, b), dims, dtypes, strict=True))
-    return qwix.dot_general(*rounded, contracted).astype(a.dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dense(x_TI: jax.Array, w_IO: jax.Array, matmul: Matmul) -> jax.Array:
-    if matmul == "plain":
-        return _product(x_TI, w_IO, (1, 0), None)
-    own, _ = ROUNDED[matmul]
-    return _product(x_TI, w_IO, (1, 0), (own, own))
-
-
-def _forward(x_TI: jax.Array, w_IO: jax.Array, matmul: Matmul) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _dense(x_TI, w_IO, matmul), (x_TI, w_IO)
-
-
-def _backward(matmul: Matmul, residuals: tuple[jax.Array, jax.Array],
-              dy_TO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_TI, w_IO = residuals
-    if matmul == "plain":
-        return _product(dy_TO, w_IO, (1, 1), None), _product(x_TI, dy_TO, (0, 0), None)
-    own, derived = ROUNDED[matmul]
-    return _product(dy_TO, w_IO, (1, 1), (derived, own)), _product(x_TI, dy_TO, (0, 0), (own, derived))
-
-
-_dense.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dense_as_it_lies(x: jax.Array, w: jax.Array, num_in_dims: int) -> jax.Array:
+def _plain(x: jax.Array, w: jax.Array, num_in_dims: int) -> jax.Array:
     first = x.ndim - num_in_dims
     return lax.dot_general(x, w, ((tuple(range(first, x.ndim)), tuple(range(num_in_dims))), ((), ())))
 
 
-def _forward_as_it_lies(x: jax.Array, w: jax.Array, num_in_dims: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _dense_as_it_lies(x, w, num_in_dims), (x, w)
+def _plain_forward(x: jax.Array, w: jax.Array, num_in_dims: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _plain(x, w, num_in_dims), (x, w)
 
 
-def _backward_as_it_lies(num_in_dims: int, residuals: tuple[jax.Array, jax.Array],
-                         dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _plain_backward(num_in_dims: int, residuals: tuple[jax.Array, jax.Array],
+                    dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
     lead = tuple(range(x.ndim - num_in_dims))
     outputs, of_weight = tuple(range(len(lead), dy.ndim)), tuple(range(num_in_dims, w.ndim))
     return lax.dot_general(dy, w, ((outputs, of_weight), ((), ()))), lax.dot_general(x, dy, ((lead, lead), ((), ())))
 
 
-_dense_as_it_lies.defvjp(_forward_as_it_lies, _backward_as_it_lies)
+_plain.defvjp(_plain_forward, _plain_backward)
+
+
+def _product(a: jax.Array, b: jax.Array, dims: tuple[int, int], dtypes: tuple[str, str]) -> jax.Array:
+    """Contract dim dims[0] of a with dim dims[1] of b, both of them matrices, rounded."""
+    import qwix
+
+    rounded = (qwix.quantize(x, dtype, channelwise_axes=(1 - dim,))
+               for x, dim, dtype in zip((a, b), dims, dtypes, strict=True))
+    return qwix.dot_general(*rounded, (((dims[0],), (dims[1],)), ((), ()))).astype(a.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rounded(x_TI: jax.Array, w_IO: jax.Array, matmul: Matmul) -> jax.Array:
+    own, _ = ROUNDED[matmul]
+    return _product(x_TI, w_IO, (1, 0), (own, own))
+
+
+def _rounded_forward(x_TI: jax.Array, w_IO: jax.Array,
+                     matmul: Matmul) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _rounded(x_TI, w_IO, matmul), (x_TI, w_IO)
+
+
+def _rounded_backward(matmul: Matmul, residuals: tuple[jax.Array, jax.Array],
+                      dy_TO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_TI, w_IO = residuals
+    own, derived = ROUNDED[matmul]
+    return _product(dy_TO, w_IO, (1, 1), (derived, own)), _product(x_TI, dy_TO, (0, 0), (own, derived))
+
+
+_rounded.defvjp(_rounded_forward, _rounded_backward)
 
 
 def dense(x: jax.Array, w: jax.Array, *, num_in_dims: int = 1, matmul: Matmul = "plain") -> jax.Array:
@@ -89,7 +83,8 @@ def dense(x: jax.Array, w: jax.Array, *, num_in_dims: int = 1, matmul: Matmul = 
     Of matrices, but on TPU of arrays as they lie there: to make a matrix of heads that kernels want apart is a copy.
     """
     if matmul == "plain" and for_tpu():
-        return _dense_as_it_lies(x, w, num_in_dims)
+        return _plain(x, w, num_in_dims)
     lead, inputs = x.shape[:-num_in_dims], math.prod(x.shape[-num_in_dims:])
-    y_TO = _dense(x.reshape(-1, inputs), w.reshape(inputs, -1), matmul)
+    x_TI, w_IO = x.reshape(-1, inputs), w.reshape(inputs, -1)
+    y_TO = _plain(x_TI, w_IO, 1) if matmul == "plain" else _rounded(x_TI, w_IO, matmul)
     return y_TO.reshape(*lead, *w.shape[num_in_dims:])

@@ -203,6 +203,12 @@ def test_a_kernel_never_takes_less_than_its_flops_at_peak() -> None:
     assert kernels.without_bundles == 1
 
 
+def test_a_kernel_never_takes_less_than_its_bytes_from_memory() -> None:
+    cost = ', backend_config={"cost_estimate":{"flops":"5","transcendentals":"0","bytes_accessed":"276500000000"}}'
+    copying = dataclasses.replace(KERNEL, text=KERNEL.text + cost)
+    assert StaticKernels(None, CHIPS["v5p"])(copying) == pytest.approx(0.1)
+
+
 def test_declared_flops_count_first() -> None:
     declared = dataclasses.replace(KERNEL, text=KERNEL.text + ', backend_config={"cost_estimate":{"flops":"123"}}')
     assert count.kernel_flops(declared) == 123
