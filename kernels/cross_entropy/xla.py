@@ -22,17 +22,6 @@ from llmjax.core import collectives
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenLoss:
-    """Per token, (T,) float32: negative log-likelihood of the target and log of the softmax's denominator."""
-
-    nll_T: jax.Array
-    log_z_T: jax.Array
-
-
-jax.tree_util.register_dataclass(TokenLoss, data_fields=["nll_T", "log_z_T"], meta_fields=[])
-
-
-@dataclasses.dataclass(frozen=True)
 class Columns:
     """A slice of this shard's vocabulary."""
 
@@ -59,23 +48,23 @@ def _logits(x_TD: jax.Array, w_DC: jax.Array, softcap: float) -> jax.Array:
     return softcap * jnp.tanh(logits_TC / softcap) if softcap else logits_TC
 
 
-def _join(top_NT: jax.Array, sum_NT: jax.Array, target_NT: jax.Array) -> TokenLoss:
-    """The loss of each token from its slices' maxima, sums of exponentials and target logits."""
+def _join(top_NT: jax.Array, sum_NT: jax.Array, target_NT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Loss and log of the denominator of each token from its slices' maxima, sums of exponentials, target logits."""
     top_T = collectives.max_over(jnp.max(top_NT, axis=0), "tensor")
     sum_T = collectives.sum_over(jnp.sum(sum_NT * jnp.exp(top_NT - top_T[None]), axis=0), ("tensor",))
     log_z_T = top_T + jnp.log(sum_T)
-    return TokenLoss(log_z_T - collectives.sum_over(jnp.sum(target_NT, axis=0), ("tensor",)), log_z_T)
+    return log_z_T - collectives.sum_over(jnp.sum(target_NT, axis=0), ("tensor",)), log_z_T
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, width: int, keep: bool,
-                         softcap: float = 0.0) -> TokenLoss:
+                         softcap: float = 0.0) -> jax.Array:
     """See `api.linear_cross_entropy`; slices of `width` columns, whose logits the derivative keeps or makes again."""
     return _forward(x_TD, w_DV, targets_T, width, keep, softcap)[0]
 
 
 def _forward(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, width: int, keep: bool,
-             softcap: float) -> tuple[TokenLoss, tuple]:
+             softcap: float) -> tuple[jax.Array, tuple]:
     tops, sums, found, kept = [], [], [], []
     for columns in slices(w_DV.shape[1], width):
         logits_TC = _logits(x_TD, columns.of(w_DV), softcap)
@@ -84,12 +73,12 @@ def _forward(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, width: int,
         sums.append(jnp.sum(jnp.exp(logits_TC - top_T[:, None]), axis=-1))
         found.append(jnp.sum(jnp.where(columns.hits(targets_T, w_DV.shape[1]), logits_TC, 0.0), axis=-1))
         kept.append(logits_TC if keep else None)
-    loss = _join(*map(jnp.stack, (tops, sums, found)))
-    return loss, (x_TD, w_DV, targets_T, loss.log_z_T, kept)
+    nll_T, log_z_T = _join(*map(jnp.stack, (tops, sums, found)))
+    return nll_T, (x_TD, w_DV, targets_T, log_z_T, kept)
 
 
 def _backward(width: int, keep: bool, softcap: float, residuals: tuple,
-              grad: TokenLoss) -> tuple[jax.Array, jax.Array, None]:
+              grad_T: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x_TD, w_DV, targets_T, log_z_T, kept = residuals
     if not keep:  # or the compiler would find that it has made these logits before, and keep them after all
         x_TD, w_DV = lax.optimization_barrier((x_TD, w_DV))
@@ -98,8 +87,7 @@ def _backward(width: int, keep: bool, softcap: float, residuals: tuple,
         w_DC = columns.of(w_DV)
         logits_TC = logits_TC if keep else _logits(x_TD, w_DC, softcap)
         p_TC = jnp.exp(logits_TC - log_z_T[:, None])
-        hits_TC = columns.hits(targets_T, w_DV.shape[1])
-        dlogits_TC = p_TC * (grad.nll_T + grad.log_z_T)[:, None] - jnp.where(hits_TC, grad.nll_T[:, None], 0.0)
+        dlogits_TC = (p_TC - columns.hits(targets_T, w_DV.shape[1])) * grad_T[:, None]
         if softcap:
             dlogits_TC *= 1.0 - jnp.square(logits_TC / softcap)
         dlogits_TC = dlogits_TC.astype(x_TD.dtype)

@@ -33,9 +33,11 @@ def paged_attention(q_TNH: jax.Array, pages: Pages, sequences: Sequences, *, max
     if L % LANES or options.kind != "causal":
         raise NotImplementedError(f"TPU paged attention: causal, pages of multiples of 128 slots, not {L}")
     parts = RowParts.of(C, key_dim=H, value_dim=value_dim)
+    out_TNW = jnp.zeros((T, N, value_dim), q_TNH.dtype)
+    if not T:
+        return out_TNW
     tokens_B = jnp.diff(sequences.starts_E)
     place = places(sequences, T)
-    out_TNW = jnp.zeros((T, N, value_dim), q_TNH.dtype)
     chosen: dict[Kind, jax.Array] = {"decode": tokens_B == 1, "chunk": tokens_B > 1}
     for kind, chosen_B in chosen.items():
         if kind == "decode" or max_queries > 1:

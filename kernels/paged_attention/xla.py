@@ -22,6 +22,8 @@ def paged_attention(q_TNH: jax.Array, pages: Pages, sequences: Sequences, *, max
     """See `api.paged_attention`."""
     (T, N, H), (_, K, _, C) = q_TNH.shape, pages.rows_ZKLC.shape
     assert options.kind == "causal", "a cache knows no later tokens"
+    if not T:
+        return jnp.zeros((T, N, value_dim), q_TNH.dtype)
     parts, Q = RowParts.of(C, key_dim=H, value_dim=value_dim), min(max_queries, QUERIES)
     units = make_units(sequences, chosen_B=sequences.lengths_B > 0, num_tokens=T, queries=Q, multiple=1)
     q_UQKGH = q_TNH[units.tokens(Q, num_tokens=T)].reshape(-1, Q, K, N // K, H)

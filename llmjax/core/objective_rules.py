@@ -57,9 +57,6 @@ def check_objective(config: Config) -> None:
         raise ConfigError(f"stages: {len(config.stages)} of them: with model.encoder_layers rows have one length")
     if config.eval.prompt and mask == "bidirectional":
         raise ConfigError(f"eval.prompt={config.eval.prompt!r}: an encoder alone continues no text; '' fits")
-    if config.task.label_smoothing and config.model.logit_softcap:
-        raise ConfigError(f"task.label_smoothing={config.task.label_smoothing}: with model.logit_softcap="
-                          f"{config.model.logit_softcap} 0 fits")
 
 
 def predicts_from_left(model: ModelConfig) -> bool:

@@ -20,7 +20,7 @@ from llmjax.data.loader import Stream, follow
 from llmjax.data.objective_rows import Settings, hidden
 from llmjax.data.pack import next_token_pieces
 from llmjax.data.stages import open_stream, tokens_by_source
-from llmjax.kernels.cross_entropy.api import linear_cross_entropy
+from llmjax.kernels.cross_entropy.api import Terms, weighted_cross_entropy
 from llmjax.models.auxiliary import BLOCKS, DEPTHS, ENCODER_BLOCKS, Reports, add_routers, num_real
 from llmjax.models.block import Aux
 from llmjax.models.decoder import (
@@ -43,7 +43,7 @@ from llmjax.train.pipeline import Parts, Rows, make_pipelined
 
 
 def make_loss(config: TaskConfig, *, execution: Execution = Execution()) -> LossFn:
-    """Cross-entropy summed over weighted targets, plus z_loss * log(Z)^2 (de Brebisson and Vincent 2016).
+    """Cross-entropy summed over weighted targets, with z-loss and smoothed labels where they are asked for.
 
     In training (with a key), also what routers and the heads of multi-token prediction add; `loss` is then the sum and
     the metric `cross_entropy` the model's own part. Evaluation knows neither the z-loss nor smoothed labels.
@@ -99,11 +99,10 @@ def _pipelined(config: TaskConfig, model: Model, params: Params, batch: Mapping[
 
 def _cross_entropy(config: TaskConfig, model: Model, params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array,
                    weights_BT: jax.Array) -> jax.Array:
-    tokens = linear_cross_entropy(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), head_kernel(model, params),
-                                  targets_BT.reshape(-1), bias_V=head_bias(model, params),
-                                  softcap=model.config.logit_softcap, smoothing=config.label_smoothing)
-    loss_T = tokens.nll_T + config.z_loss * jnp.square(tokens.log_z_T) if config.z_loss else tokens.nll_T
-    return jnp.sum(loss_T * weights_BT.reshape(-1))
+    terms = Terms(softcap=model.config.logit_softcap, smoothing=config.label_smoothing, z_loss=config.z_loss)
+    return weighted_cross_entropy(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), head_kernel(model, params),
+                                  targets_BT.reshape(-1), weights_BT.reshape(-1), bias_V=head_bias(model, params),
+                                  terms=terms)
 
 
 def _with_further_heads(config: TaskConfig, model: Model, params: Params, ahead: AheadOutput,

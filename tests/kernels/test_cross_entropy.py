@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llmjax.kernels.cross_entropy import api, reference, xla
+from llmjax.core import collectives
+from llmjax.kernels.cross_entropy import api, reference, weighted, xla
 
 
 def inputs(num_tokens: int = 24) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -25,7 +26,7 @@ def test_values_and_gradients_equal_the_reference(width: int, keep: bool, softca
     cotangent_T = jax.random.normal(jax.random.key(1), targets_T.shape)
 
     def sliced(x_TD: jax.Array, w_DV: jax.Array) -> jax.Array:
-        return xla.linear_cross_entropy(x_TD, w_DV, targets_T, width, keep, softcap).nll_T
+        return xla.linear_cross_entropy(x_TD, w_DV, targets_T, width, keep, softcap)
 
     ours, pull = jax.vjp(sliced, x_TD, w_DV)
     plain, plain_pull = jax.vjp(lambda x, w: reference.linear_cross_entropy(x, w, targets_T, softcap), x_TD, w_DV)
@@ -34,45 +35,87 @@ def test_values_and_gradients_equal_the_reference(width: int, keep: bool, softca
         np.testing.assert_allclose(grad, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_log_z_is_differentiable_too() -> None:
-    x_TD, w_DV, targets_T = inputs()
-
-    def z_loss(x_TD: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(api.linear_cross_entropy(x_TD, w_DV, targets_T).log_z_T))
-
-    plain = jax.grad(lambda x: jnp.sum(jnp.square(jax.nn.logsumexp(x @ w_DV, axis=-1))))(x_TD)
-    np.testing.assert_allclose(jax.grad(z_loss)(x_TD), plain, rtol=1e-4, atol=1e-4)
-
-
 def test_equals_torch() -> None:
     torch = pytest.importorskip("torch")
     x_TD, w_DV, targets_T = inputs()
     logits = torch.tensor(np.asarray(x_TD)) @ torch.tensor(np.asarray(w_DV))
     wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(np.asarray(targets_T)).long(), reduction="none")
-    np.testing.assert_allclose(api.linear_cross_entropy(x_TD, w_DV, targets_T).nll_T, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(api.linear_cross_entropy(x_TD, w_DV, targets_T), wanted, rtol=1e-5, atol=1e-5)
+
+
+def plain_sum(x_TD: jax.Array, w_DV: jax.Array, bias_V: jax.Array, targets_T: jax.Array, weights_T: jax.Array,
+              terms: api.Terms) -> jax.Array:
+    """By all logits at once."""
+    logits_TV = x_TD @ w_DV + bias_V[None]
+    logits_TV = terms.softcap * jnp.tanh(logits_TV / terms.softcap) if terms.softcap else logits_TV
+    log_z_T = jax.nn.logsumexp(logits_TV, axis=-1)
+    wanted_TV = jax.nn.one_hot(targets_T, w_DV.shape[1]) * (1 - terms.smoothing) + terms.smoothing / w_DV.shape[1]
+    losses_T = log_z_T - jnp.sum(wanted_TV * logits_TV, axis=-1) + terms.z_loss * jnp.square(log_z_T)
+    return jnp.sum(losses_T * weights_T)
+
+
+@pytest.mark.parametrize("terms", [api.Terms(), api.Terms(softcap=5.0), api.Terms(smoothing=0.2),
+                                   api.Terms(z_loss=0.1), api.Terms(5.0, 0.2, 0.1)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("tokens_of_a_chunk", [24, 16])
+def test_the_sum_and_its_gradient_equal_the_plain_ones(terms: api.Terms, tokens_of_a_chunk: int,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weighted, "CHUNK_BYTES", tokens_of_a_chunk * 40 * 4)
+    x_TD, w_DV, targets_T = inputs()
+    bias_V, weights_T = (jax.random.normal(jax.random.key(seed), (size,)) for seed, size in ((2, 40), (3, 24)))
+
+    def ours(x_TD: jax.Array, w_DV: jax.Array, bias_V: jax.Array) -> jax.Array:
+        found = api.weighted_cross_entropy(x_TD, w_DV, targets_T, weights_T, bias_V=bias_V, terms=terms)
+        return 3.0 * found  # a loss may be scaled
+
+    def wanted(x_TD: jax.Array, w_DV: jax.Array, bias_V: jax.Array) -> jax.Array:
+        return 3.0 * plain_sum(x_TD, w_DV, bias_V, targets_T, weights_T, terms)
+
+    assert weighted.chunk_length(24, 40) == tokens_of_a_chunk
+    assert ours(x_TD, w_DV, bias_V) == pytest.approx(float(wanted(x_TD, w_DV, bias_V)), rel=1e-5)
+    found, expected = (jax.value_and_grad(f, argnums=(0, 1, 2))(x_TD, w_DV, bias_V) for f in (ours, wanted))
+    assert found[0] == pytest.approx(float(expected[0]), rel=1e-5)
+    for one, other in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_scaled_loss_in_half_precision_keeps_small_derivatives() -> None:
+    x_TD, w_DV, targets_T = inputs()
+    weights_T, scale = jnp.full(targets_T.shape, 1e-7), 2.0**15
+
+    def of(dtype: str) -> jax.Array:
+        def scaled(x_TD: jax.Array) -> jax.Array:
+            return scale * api.weighted_cross_entropy(x_TD, w_DV.astype(dtype), targets_T, weights_T)
+
+        return jax.grad(scaled)(x_TD.astype(dtype)).astype(jnp.float32)
+
+    np.testing.assert_allclose(of("float16"), of("float32"), rtol=0.02, atol=1e-5)
 
 
 def test_smoothed_labels_equal_torch_on_one_device_and_with_the_vocabulary_split() -> None:
     torch = pytest.importorskip("torch")
     x_TD, w_DV, targets_T = inputs()
-    cotangent_T = jax.random.normal(jax.random.key(1), targets_T.shape)
+    weights_T = jax.random.normal(jax.random.key(1), targets_T.shape)
     x, w = (torch.tensor(np.asarray(a), requires_grad=True) for a in (x_TD, w_DV))
     wanted = torch.nn.functional.cross_entropy(x @ w, torch.tensor(np.asarray(targets_T)).long(), reduction="none",
                                                label_smoothing=0.2)
-    wanted.backward(torch.tensor(np.asarray(cotangent_T)))
+    total = (wanted * torch.tensor(np.asarray(weights_T))).sum()
+    total.backward()
 
-    def run(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, cotangent_T: jax.Array) -> tuple:
-        nll_T, pull = jax.vjp(lambda x, w: api.linear_cross_entropy(x, w, targets_T, smoothing=0.2).nll_T, x_TD, w_DV)
-        return nll_T, *pull(cotangent_T)
+    def run(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, weights_T: jax.Array) -> tuple:
+        def own(x_TD: jax.Array, w_DV: jax.Array) -> jax.Array:
+            return api.weighted_cross_entropy(x_TD, w_DV, targets_T, weights_T, terms=api.Terms(smoothing=0.2))
+
+        found, gradient = jax.value_and_grad(own, argnums=(0, 1))(x_TD, w_DV)
+        return collectives.sum_over(found, ("tensor",)), *gradient
 
     mesh = jax.make_mesh((4,), ("tensor",), axis_types=(AxisType.Explicit,))
     tokens, columns = P("tensor"), P(None, "tensor")
     specs = (tokens, columns, tokens, tokens)
-    split = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(tokens, tokens, columns), check_vma=False)
-    whole = (x_TD, w_DV, targets_T, cotangent_T)
+    split = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(P(), tokens, columns), check_vma=False)
+    whole = (x_TD, w_DV, targets_T, weights_T)
     placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(whole, specs, strict=True)]
     for found in (run(*whole), jax.jit(split)(*placed)):
-        for ours, theirs in zip(found, (wanted.detach(), x.grad, w.grad), strict=True):
+        for ours, theirs in zip(found, (total.detach(), x.grad, w.grad), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

@@ -59,6 +59,7 @@ CASES = {
     "latent, int8": Case((1, 9), (6, 291), K=1, H=24, latent=True, dtype="int8"),
     "fp8": Case((1, 9), (6, 291), dtype="float8_e4m3fn"),
     "nothing to do": Case((0, 0), (0, 50), loose=2),
+    "no token": Case((0,), (0,)),
 }  # fmt: skip
 
 
