@@ -116,7 +116,7 @@ def run(module: ModuleType, case: Case, given_batch: Batch) -> jax.Array:
 def assert_like_the_reference(module: ModuleType, case: Case, seed: int = 0) -> None:
     inputs = batch(case, seed)
     ours, plain = run(module, case, inputs), run(reference, case, inputs)
-    np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(plain).max())))
+    np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(plain).max(initial=0.0))))
     assert not np.any(ours[sum(case.new):])
 
 
