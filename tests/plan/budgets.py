@@ -80,7 +80,7 @@ LARGE = {
     "llama3_70b v5p:4x4x8": Case("llama3_70b", "v5p:4x4x8"),
     "deepseek_v3 v5p:8x8x16": Case("deepseek_v3", "v5p:8x8x16"),
     "llama3_405b v5p:8x8x16": Case("llama3_405b", "v5p:8x8x16"),
-    "olmo2_7b v5p:4x4x8": Case("olmo2_7b", "v5p:4x4x8"),
+    "olmo2_7b v5p:4x4x4": Case("olmo2_7b", "v5p:4x4x4", mesh(fsdp=64, rows=128)),
     "mixtral_8x7b v5p:4x4x4": Case("mixtral_8x7b", "v5p:4x4x4", mesh(fsdp=8, expert=8, rows=128)),
     "llama3_70b v6e:16x16": Case("llama3_70b", "v6e:16x16", mesh(fsdp=64, tensor=4) | FOUR_MICROBATCHES),
     "olmo2_32b v5p:4x8x8": Case("olmo2_32b", "v5p:4x8x8"),
