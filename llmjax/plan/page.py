@@ -38,7 +38,8 @@ p, small { color: var(--soft); margin: .4rem 0; }
   font-size: .92rem; }
 .bars i { display: block; height: 1rem; border-radius: .2rem; min-width: 2px; }
 .bars b { font-weight: 500; text-align: right; font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; overflow-wrap: normal; }
+.wide th, .wide td { white-space: nowrap; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left; vertical-align: top; }
 th { font-weight: 500; color: var(--soft); }
