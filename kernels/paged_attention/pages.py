@@ -88,7 +88,7 @@ def append(pages: Pages, rows_TKC: jax.Array, sequences: Sequences, *, parts: Ro
     if pages.scales_ZKSL is None:
         return Pages(pages.rows_ZKLC.at[page_T, :, slot_T].set(rows_TKC.astype(pages.rows_ZKLC.dtype), mode="drop"))
     scale_TKS = _scales(rows_TKC.astype(jnp.float32), dtype=pages.rows_ZKLC.dtype, parts=parts)
-    rounded_TKC = _rounded(rows_TKC / _per_column(scale_TKS, rows_TKC.shape[2], parts), pages.rows_ZKLC.dtype)
+    rounded_TKC = rounded(rows_TKC / _per_column(scale_TKS, rows_TKC.shape[2], parts), pages.rows_ZKLC.dtype)
     return Pages(pages.rows_ZKLC.at[page_T, :, slot_T].set(rounded_TKC, mode="drop"),
                  pages.scales_ZKSL.at[page_T, :, :, slot_T].set(scale_TKS, mode="drop"))
 
@@ -102,11 +102,14 @@ def _scales(rows_TKC: jax.Array, *, dtype: jnp.dtype, parts: RowParts) -> jax.Ar
     """(T, K, 2): the largest key and value become the largest number; a latent's two scales are one."""
     columns = (slice(0, parts.key_dim), parts.value if parts.value_start else slice(0, parts.key_dim))
     most_TKS = jnp.stack([jnp.max(jnp.abs(rows_TKC[..., part]), axis=-1) for part in columns], axis=-1)
-    return jnp.where(most_TKS > 0, most_TKS / largest(dtype), 1.0)
+    return jnp.where(most_TKS == 0, 1.0, most_TKS / largest(dtype))  # NaN stays NaN
 
 
-def _rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return (lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN) if jnp.issubdtype(dtype, jnp.integer) else x).astype(dtype)
+def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Of float8, numbers below the normal ones become 0: a kernel that reads them by their bits knows no others."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN).astype(dtype)
+    return jnp.where(jnp.abs(x) < float(jnp.finfo(dtype).smallest_normal), 0.0, x).astype(dtype)
 
 
 def _per_column(scale_xS: jax.Array, width: int, parts: RowParts) -> jax.Array:

@@ -97,7 +97,7 @@ def batch(case: Case, seed: int = 0) -> Batch:
     if case.dtype != "float32":
         scales = jnp.asarray(rng.uniform(0.005, 0.02, (cache_pages, case.K, 2, case.L)), jnp.float32)
         scales = scales.at[:, :, 1].set(scales[:, :, 0]) if case.latent else scales
-        pages = Pages((rows * 40).astype(case.dtype), scales)
+        pages = Pages(paging.rounded(rows * 40, jnp.dtype(case.dtype)), scales)
     q_TNH, rows_TKC = (jnp.asarray(rng.normal(size=(num_tokens, *shape)), jnp.float32)
                        for shape in ((case.N, case.H), (case.K, case.width)))
     sinks_N = jnp.asarray(rng.normal(size=case.N), jnp.float32) if case.sinks else None
