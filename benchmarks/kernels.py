@@ -36,6 +36,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from llmjax.kernels.attention import pallas_tpu, specs  # noqa: E402
+from llmjax.kernels.cross_entropy import api as cross_entropy  # noqa: E402
+from llmjax.kernels.cross_entropy import reference as cross_entropy_reference  # noqa: E402
 from llmjax.kernels.grouped_matmul import pallas_tpu as grouped  # noqa: E402
 from llmjax.kernels.grouped_matmul import specs as grouped_specs  # noqa: E402
 from llmjax.kernels.grouped_matmul import tpu_plan  # noqa: E402
@@ -253,8 +255,41 @@ def budgets(chips: list[str]) -> dict[str, Any]:
     return {"libtpu": importlib.metadata.version("libtpu"), "programs": found}
 
 
-TABLES = {"attention": attention_table, "grouped_matmul": grouped_table, "paged_attention": paged_table,
-          "quant_matmul": quant_table}
+def cross_entropy_cost(loss: Callable[..., jax.Array], chip: str) -> ProgramCost:
+    """The mean loss of 16k tokens of width 4096 over 131,072 words, and its gradients."""
+    T, D, V = 16_384, 4096, 131_072
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
+        ((T, D), jnp.bfloat16), ((D, V), jnp.bfloat16), ((T,), jnp.int32), ((T,), jnp.float32))]
+
+    def run(x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple:
+        return jax.value_and_grad(loss, argnums=(0, 1))(x, w, targets, weights)
+
+    return measure(run, shapes, chip=chip, occupancy={})
+
+
+def naive_cross_entropy(x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    """All logits at once."""
+    return jnp.sum(cross_entropy_reference.linear_cross_entropy(x, w, targets) * weights)
+
+
+def tokenwise_cross_entropy(x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    """Any cotangent a token."""
+    return jnp.sum(cross_entropy.linear_cross_entropy(x, w, targets) * weights)
+
+
+def cross_entropy_table(chips: list[str], show: Callable[[str], None]) -> None:
+    """The summed loss, the loss of each token and the naive one."""
+    show(f"{'linear + cross-entropy, 16k x 4k x 131k':<42}{'chip':>6}{'ms':>8}  temporaries")
+    ways = {"a sum, its gradient with it": cross_entropy.weighted_cross_entropy,
+            "a loss for each token": tokenwise_cross_entropy, "naive": naive_cross_entropy}
+    for name, loss in ways.items():
+        for chip in chips:
+            cost = cross_entropy_cost(loss, chip)
+            show(f"{name:<42}{chip:>6}{cost.other_seconds * 1e3:>8.1f}  {cost.temp_bytes / 1e9:.2f} GB")
+
+
+TABLES = {"attention": attention_table, "cross_entropy": cross_entropy_table, "grouped_matmul": grouped_table,
+          "paged_attention": paged_table, "quant_matmul": quant_table}
 
 
 def main() -> None:

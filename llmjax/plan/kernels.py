@@ -14,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llmjax.plan import bundles, program, topology
 from llmjax.plan.bundles import Occupancy
 from llmjax.plan.chips import CHIPS, Chip
+from llmjax.plan.collectives import Wires
+from llmjax.plan.count import count_step
 
 HOSTS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
@@ -35,7 +37,7 @@ class ProgramCost:
 
     chip: Chip
     kernels: tuple[KernelCost, ...]
-    other_seconds: float  # the compiler's estimates of all that is no kernel
+    other_seconds: float  # the compiler's estimates of all that is no kernel, times loop trips
     temp_bytes: int
 
     def seconds(self, part: str) -> float:
@@ -59,13 +61,13 @@ def measure(function: Callable, arguments: Any, *, chip: str, occupancy: Mapping
                                                          sharding=NamedSharding(mesh, PartitionSpec())), arguments)
     with jax.set_mesh(mesh):
         compiled = jax.jit(function).lower(*placed).compile()
-    instructions = [one for computation in program.parse(compiled.as_text() or "").computations.values()
-                    for one in computation]
+    parsed = program.parse(compiled.as_text() or "")
+    instructions = [one for computation in parsed.computations.values() for one in computation]
     costs = [_cost(one, CHIPS[chip], occupancy) for one in instructions if one.is_kernel]
     analysis = compiled.memory_analysis()
     assert analysis, "the TPU compiler always has one"
-    others = sum(one.cycles for one in instructions if not one.is_kernel)
-    return ProgramCost(CHIPS[chip], tuple(costs), others / CHIPS[chip].clock, analysis.temp_size_in_bytes)
+    others = count_step(parsed, Wires(mesh, None), clock=CHIPS[chip].clock, kernel_seconds=lambda kernel: 0.0)
+    return ProgramCost(CHIPS[chip], tuple(costs), others.compute_seconds, analysis.temp_size_in_bytes)
 
 
 def _cost(instruction: program.Instruction, chip: Chip, occupancy: Mapping[str, Occupancy]) -> KernelCost:
