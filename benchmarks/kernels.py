@@ -27,9 +27,9 @@ from llmjax.core.platform import prepare
 
 prepare()
 
-from llmjax.plan import topology  # noqa: E402
+from llmjax.plan import bundles, topology  # noqa: E402
 
-topology.prepare()
+bundles.keep()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -49,7 +49,7 @@ from llmjax.kernels.quant_matmul import pallas_tpu as quant  # noqa: E402
 from llmjax.kernels.quant_matmul import specs as quant_specs  # noqa: E402
 from llmjax.kernels.quant_matmul import xla as quant_xla  # noqa: E402
 from llmjax.plan.bundles import Occupancy  # noqa: E402
-from llmjax.plan.kernels import ProgramCost, measure, mesh_of_one  # noqa: E402
+from llmjax.plan.kernels import ProgramCost, measure  # noqa: E402
 
 
 def attention_cost(spec: specs.Spec, chip: str) -> ProgramCost:
@@ -65,7 +65,7 @@ def attention_cost(spec: specs.Spec, chip: str) -> ProgramCost:
 
 def attention_occupancy(spec: specs.Spec, chip: str) -> dict[str, Occupancy]:
     """Chunks of keys have kernels of their own backward: their mean stands for each of them."""
-    trips = specs.trips(spec, mesh_of_one(chip))
+    trips = specs.trips(spec, topology.one_chip(chip))
     unmasked, masked = float(trips.unmasked.mean()), float(trips.masked.mean())
     steps = spec.N // spec.K * trips.num_blocks
     return {"attention_forward": Occupancy(edge=1 / len(trips.masked), trips=(unmasked / 2, masked)),
@@ -172,7 +172,7 @@ def paged_work(spec: paged_specs.Spec, chip: str) -> PagedWork:
     """Every step counts as if it began and ended a unit: a little too much."""
     kind: paged.Kind = "decode" if spec.Q == 1 else "chunk"
     _, pages, _ = spec.shapes()
-    with jax.set_mesh(mesh_of_one(chip)):
+    with jax.set_mesh(topology.one_chip(chip)):
         blocks = paged.choose_blocks(kind, pages, num_heads=spec.N, max_queries=spec.Q)
     sequences = spec.sequences()
     units = make_units(sequences, chosen_B=jnp.full(spec.B, True), num_tokens=spec.B * spec.Q, queries=blocks.queries,

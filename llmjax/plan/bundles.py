@@ -7,8 +7,12 @@ and more, and optimistic for small ones; waits for memory are not in it.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
+import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,11 +92,18 @@ class Region:
         return largest if sum(r.bundles for r in largest.walk()) > self.bundles else None
 
 
-def dump_flags() -> tuple[Path, str]:
-    """A new folder, and what LIBTPU_INIT_ARGS has to hold before libtpu loads for bundles to be written there."""
+@functools.cache
+def keep() -> Path:
+    """Have libtpu, which has not been loaded yet, write the bundles of all that it compiles into the folder returned.
+
+    It writes those of every fusion: a large program takes more than twice as long.
+    """
     folder = Path(tempfile.mkdtemp(prefix="llmjax-bundles-"))
-    return folder, (f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
-                    "--xla_jf_dump_llo_pass_label_regex=final_bundles")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    flags = (f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+             "--xla_jf_dump_llo_pass_label_regex=final_bundles")
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
+    return folder
 
 
 def find_kernel(folder: Path, name: str) -> Path | None:

@@ -13,7 +13,6 @@ import collections
 import dataclasses
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from llmjax.plan import bundles
 from llmjax.plan.chips import Chip
@@ -194,10 +193,10 @@ def _group(instruction: Instruction) -> str:
 
 
 class StaticKernels:
-    """Seconds of Pallas kernels by their bundles in a folder, never below what their FLOPs and bytes take."""
+    """Seconds of Pallas kernels by their bundles, never below what their FLOPs and bytes take."""
 
-    def __init__(self, folder: Path | None, chip: Chip) -> None:
-        self._folder, self._chip = folder, chip
+    def __init__(self, region_of: Callable[[Instruction], bundles.Region | None], chip: Chip) -> None:
+        self._region_of, self._chip = region_of, chip
         self._known: dict[str, float] = {}
         self.without_bundles = 0
 
@@ -210,11 +209,10 @@ class StaticKernels:
         return self._known[instruction.name]
 
     def _static(self, instruction: Instruction) -> float:
-        path = bundles.find_kernel(self._folder, instruction.name) if self._folder else None
-        if path is None:
+        region = self._region_of(instruction)
+        if region is None:
             self.without_bundles += 1
             return 0.0
-        region = bundles.read_kernel(path.read_text(errors="replace"), self._chip)
         return region.cycles(occupancy(instruction)) / self._chip.clock
 
 

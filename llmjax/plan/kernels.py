@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llmjax.plan import bundles, program, topology
 from llmjax.plan.bundles import Occupancy
 from llmjax.plan.chips import CHIPS, Chip
 from llmjax.plan.collectives import Wires
 from llmjax.plan.count import count_step
-
-HOSTS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +41,15 @@ class ProgramCost:
         return sum(kernel.seconds for kernel in self.kernels if part in kernel.name)
 
 
-@functools.cache
-def mesh_of_one(chip: str) -> Mesh:
-    """A single chip of its kind."""
-    return Mesh(np.array(topology.load(HOSTS[chip]).devices[:1]), ("data",))
-
-
 def measure(function: Callable, arguments: Any, *, chip: str, occupancy: Mapping[str, Occupancy]) -> ProgramCost:
-    """Compile `function` for shapes; `occupancy` says how full kernels are, by a part of their names."""
-    folder = topology.prepare()
+    """Compile `function` for shapes; `occupancy` says how full kernels are, by a part of their names.
+
+    `bundles.keep()` has to be called before libtpu loads.
+    """
+    folder = bundles.keep()
     for path in folder.glob(f"*{bundles.MARK}"):
         path.unlink()  # names repeat from program to program
-    mesh = mesh_of_one(chip)
+    mesh = topology.one_chip(chip)
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,
                                                          sharding=NamedSharding(mesh, PartitionSpec())), arguments)
     with jax.set_mesh(mesh):
@@ -71,7 +64,7 @@ def measure(function: Callable, arguments: Any, *, chip: str, occupancy: Mapping
 
 
 def _cost(instruction: program.Instruction, chip: Chip, occupancy: Mapping[str, Occupancy]) -> KernelCost:
-    path = bundles.find_kernel(topology.prepare(), instruction.name)
+    path = bundles.find_kernel(bundles.keep(), instruction.name)
     assert path, f"libtpu wrote no bundles of {instruction.name}: was it loaded before?"
     region = bundles.read_kernel(path.read_text(errors="replace"), chip)
     fullness = next((one for part, one in occupancy.items() if part in instruction.name), Occupancy())

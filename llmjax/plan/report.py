@@ -15,7 +15,7 @@ from llmjax.core.sections import AXIS_NAMES, Config
 from llmjax.core.tree import flatten
 from llmjax.models.decoder import abstract_model
 from llmjax.models.flops import flops_per_token, num_params
-from llmjax.plan import cost, failures, program
+from llmjax.plan import cost, failures, isolated, program
 from llmjax.plan.chips import GIB
 from llmjax.plan.collectives import Wires
 from llmjax.plan.compile import CompiledStep, HbmBytes, hbm_bytes
@@ -24,7 +24,7 @@ from llmjax.plan.count import Collective, OpGroup, StaticKernels, StepCount, cou
 from llmjax.plan.failures import Failures
 from llmjax.plan.memory import layout_of, memory
 from llmjax.plan.objections import ADAM_BYTES, Objection, claim_of, objections
-from llmjax.plan.topology import Topology, prepare
+from llmjax.plan.topology import Topology
 
 Bound = Literal["compute", "communication"]
 
@@ -100,8 +100,9 @@ def count(compiled: CompiledStep, topology: Topology) -> StepCount:
     """The counter on a step compiled in this process."""
     text = compiled.executable.as_text()
     assert text, "the TPU compiler prints its program"
+    kernels = StaticKernels(isolated.region_of(topology.name.partition(":")[0]), topology.chip)
     return count_step(program.parse(text), Wires(compiled.mesh, topology), clock=topology.chip.clock,
-                      kernel_seconds=StaticKernels(prepare(), topology.chip))
+                      kernel_seconds=kernels)
 
 
 def make_plan(config: Config, topology: Topology, compiled: CompiledStep, *, sized_for: str = "") -> Plan:

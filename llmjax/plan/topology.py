@@ -6,29 +6,26 @@ gathers into reductions of padded shards: figures from it would be wrong.
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import functools
 import importlib.util
 import math
 import os
 import re
-import shutil
 from typing import TYPE_CHECKING
 
 from llmjax.core.errors import ConfigError, RunError
-from llmjax.plan import bundles
 from llmjax.plan.chips import CHIPS, Chip
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import jax
+    from jax.sharding import Mesh
 
 # What libtpu needs to know before it loads: there is no metadata server to ask, and others may have it loaded too. The
 # accelerator type only spares us a warning; topologies are asked for by name.
 ENVIRONMENT = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
                "TPU_ACCELERATOR_TYPE": "v5p-8"}  # fmt: skip
+HOSTS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +67,8 @@ def load(name: str, *, num_slices: int = 1) -> Topology:
     chip, dims = parse(name)
     if importlib.util.find_spec("libtpu") is None:
         raise RunError("the TPU compiler is not installed: pip install 'llmjax[plan]'")
-    prepare()
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     hosts = tuple(min(size, bound) for size, bound in zip((*dims, 1)[:3], (2, 2, 1), strict=True))
@@ -90,11 +88,9 @@ def load(name: str, *, num_slices: int = 1) -> Topology:
 
 
 @functools.cache
-def prepare() -> Path:
-    """Set the environment that libtpu reads when it loads; the folder into which it will write kernels' bundles."""
-    folder, flags = bundles.dump_flags()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for variable, value in ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
-    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
-    return folder
+def one_chip(chip: str) -> Mesh:
+    """A single chip of its kind."""
+    import numpy as np
+    from jax.sharding import Mesh
+
+    return Mesh(np.array(load(HOSTS[chip]).devices[:1]), ("data",))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llmjax.plan import bundles, count, program
+from llmjax.plan import bundles, count, isolated, program
 from llmjax.plan.chips import CHIPS
 from llmjax.plan.collectives import Wires
 from llmjax.plan.count import Collective, StaticKernels, count_step
@@ -198,7 +198,7 @@ KERNEL = program.Instruction(
 def test_a_kernel_never_takes_less_than_its_flops_at_peak() -> None:
     flops = 4 * 2 * 2 * 8 * 4096**2 * 128 / 2
     assert count.kernel_flops(KERNEL) == flops
-    kernels = StaticKernels(None, CHIPS["v5p"])
+    kernels = StaticKernels(lambda kernel: None, CHIPS["v5p"])
     assert kernels(KERNEL) == pytest.approx(flops / 459e12)
     assert kernels.without_bundles == 1
 
@@ -206,7 +206,7 @@ def test_a_kernel_never_takes_less_than_its_flops_at_peak() -> None:
 def test_a_kernel_never_takes_less_than_its_bytes_from_memory() -> None:
     cost = ', backend_config={"cost_estimate":{"flops":"5","transcendentals":"0","bytes_accessed":"276500000000"}}'
     copying = dataclasses.replace(KERNEL, text=KERNEL.text + cost)
-    assert StaticKernels(None, CHIPS["v5p"])(copying) == pytest.approx(0.1)
+    assert StaticKernels(lambda kernel: None, CHIPS["v5p"])(copying) == pytest.approx(0.1)
 
 
 def test_declared_flops_count_first() -> None:
@@ -214,7 +214,7 @@ def test_declared_flops_count_first() -> None:
     assert count.kernel_flops(declared) == 123
 
 
-def test_bundles_in_loops_and_masked_tiles(tmp_path: Path) -> None:
+def test_bundles_in_loops_and_masked_tiles() -> None:
     """A grid of 8 steps in a loop of 10 trips; matmuls, 16 cycles each on one unit, run in live tiles alone."""
     nop, matmul = ["{ nop }"], ["{ %v = vmatmul.bf16.gmra.mxu0 %a }"]
     skip = [*nop * 5]  # a branch's delay slots
@@ -223,15 +223,21 @@ def test_bundles_in_loops_and_masked_tiles(tmp_path: Path) -> None:
     lines = ["{ /* Start region 1 */ nop }", *body, "{ /* Start region 2 */ nop }",
              "{ %p9 = scmp.ge.s32.totalorder %s1, 10 /* loop exit test */ }", "{ sbr.rel (!%p9) target = $region1 }"]
     dump = "\n".join(f" 0x{index:x}   : > {text}" for index, text in enumerate(lines))
-    (tmp_path / "1-splash_mha_dkv.1-01-final_bundles.txt").write_text(dump)
+    region = bundles.read_kernel(dump, CHIPS["v5p"])
     live = (4 + 1) / 8  # of a causal grid of 4 x 4 tiles
     expected = 10 * 8 + 8 * (46 + live * 1600)
-    assert StaticKernels(tmp_path, CHIPS["v5p"])._static(KERNEL) * 1.75e9 == pytest.approx(expected, rel=0.02)
-    twin = dataclasses.replace(KERNEL, name="splash_mha_dkv.7")  # compiled once, called twice
-    kernels = StaticKernels(tmp_path, CHIPS["v5p"])
-    assert kernels(twin) == kernels(KERNEL) and kernels.without_bundles == 0
-    kernels(dataclasses.replace(KERNEL, name="splash_mha_dq.1"))
-    assert kernels.without_bundles == 1
+    kernels = StaticKernels(lambda kernel: region, CHIPS["v5p"])
+    assert kernels._static(KERNEL) * 1.75e9 == pytest.approx(expected, rel=0.02)
+    assert kernels.without_bundles == 0
+
+
+def test_a_kernel_is_known_by_its_operands_results_and_code() -> None:
+    code = ', backend_config={"custom_call_config":{"body":"QUJD"}}'
+    call = isolated.Call.of(dataclasses.replace(KERNEL, text=KERNEL.text + code))
+    assert call == isolated.Call.of(dataclasses.replace(KERNEL, name="another.7", text=KERNEL.text + code))
+    assert call and call.config == '{"custom_call_config":{"body":"QUJD"}}'
+    assert call.operands[-1] == ((2, 2, 4096, 128), "bfloat16") and call.results
+    assert isolated.Call.of(KERNEL) is None  # without its code
 
 
 FORWARD = dataclasses.replace(
