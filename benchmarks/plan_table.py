@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "runs" / "plan_table"
 # Splash's static seconds for two heads of 128 on 8,192 tokens in this libtpu: forward, and both backward kernels.
 SPLASH = {"v5p": (114e-6, 363e-6 + 271e-6), "v6e": (160e-6, 216e-6 + 181e-6)}
-REMATS = ("full", "save_matmuls", "none")
+REMATS = ("full", "save_matmuls", "none", "offload")
 
 
 @dataclasses.dataclass(frozen=True)

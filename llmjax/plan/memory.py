@@ -170,7 +170,8 @@ def _waiting(layout: Layout) -> float:
     matmuls = 3 * model.dim + _heads(model) / tensor + 2 * model.mlp_dim / tensor
     statistics = model.num_heads / tensor * FULL / HALF
     block_input = model.dim / tensor  # between blocks tensor shards share the tokens
-    return {"none": matmuls + statistics, "save_matmuls": matmuls}.get(layout.remat, block_input)
+    waiting = {"none": matmuls + statistics, "save_matmuls": matmuls, "offload": 0.0}  # the last waits in host memory
+    return waiting.get(layout.remat, block_input)
 
 
 def _working(model: ModelConfig, tensor: int) -> float:
