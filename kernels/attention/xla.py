@@ -130,10 +130,13 @@ def _forward(options: Options, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax
     T, K, H = q_BTNH.shape[1], k_BSKH.shape[2], q_BTNH.shape[3]
     q_BKGTH = _grouped(q_BTNH, K) * options.score_scale(H)
     k_BKSH, v_BKSW = k_BSKH.swapaxes(1, 2), v_BSKW.swapaxes(1, 2)
+    # Masks depend on documents alone: jax would make those of all blocks at once, ahead of the loop over layers.
+    here, q_BKGTH = lax.optimization_barrier((segments, q_BKGTH))
     outs, log_zs = [], []
     for block in _blocks(T, k_BSKH.shape[1], options):
         scores = _scores(q_BKGTH[:, :, :, block.queries], k_BKSH[:, :, block.keys], block, options, terms)
-        scores = jnp.where(_visible(segments, block, options, terms), scores, MASKED)
+        visible = lax.optimization_barrier(_visible(here, block, options, terms))  # once, not for every head
+        scores = jnp.where(visible, scores, MASKED)
         top = jnp.max(scores, axis=-1, keepdims=True)
         if terms.sinks_N is not None:
             top = jnp.maximum(top, _per_head(terms.sinks_N, K))
@@ -155,8 +158,8 @@ def _backward(options: Options, residuals: tuple, dout_BTNW: jax.Array) -> tuple
     T, K, scale = q_BTNH.shape[1], k_BSKH.shape[2], options.score_scale(q_BTNH.shape[3])
     q_BKGTH, dout_BKGTW = _grouped(q_BTNH, K) * scale, _grouped(dout_BTNW, K)
     k_BKSH, v_BKSW = k_BSKH.swapaxes(1, 2), v_BSKW.swapaxes(1, 2)
-    delta = dout_BKGTW.astype(jnp.float32) * _grouped(out_BTNW, K).astype(jnp.float32)
-    delta_BKGT1 = jnp.sum(delta, axis=-1, keepdims=True)
+    delta_BTNW = dout_BTNW.astype(jnp.float32) * out_BTNW.astype(jnp.float32)
+    delta_BKGT1 = _grouped(jnp.sum(delta_BTNW, axis=-1, keepdims=True), K)
     dqs, dbias_NR = [], None if terms.bias_NR is None else jnp.zeros_like(terms.bias_NR)
     dk_BKHS = jnp.zeros(k_BKSH.swapaxes(2, 3).shape, jnp.float32)  # summed over blocks in float32
     dv_BKWS = jnp.zeros(v_BKSW.swapaxes(2, 3).shape, jnp.float32)

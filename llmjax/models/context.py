@@ -146,8 +146,10 @@ def _travelling(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment
 
 def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array,
              settings: Settings) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-    queries = _queries(q_BTNH, segment_ids_BT, k_BTKH.shape[2], settings)
-    keys = _keys(k_BTKH, v_BTKH, segment_ids_BT)
+    # Masks depend on documents and slots alone: jax would make all of them at once, ahead of the loop over layers.
+    here, slots, q_BTNH = lax.optimization_barrier((segment_ids_BT, _slots(q_BTNH.shape[1]), q_BTNH))
+    queries = _queries(q_BTNH, here, slots, k_BTKH.shape[2], settings)
+    keys = _keys(k_BTKH, v_BTKH, here, slots)
     top = jnp.full(queries.q.shape[:-1], MASKED, jnp.float32)
     state = (top, jnp.zeros_like(top), jnp.zeros((*top.shape, v_BTKH.shape[-1]), jnp.float32))
     attend = functools.partial(_attend, settings=settings)
@@ -168,7 +170,9 @@ def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_id
 def _backward(settings: Settings, residuals: tuple, cotangents: tuple) -> tuple:
     q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, out_BTNH, log_z_BTN = residuals
     dout_BTNH, dlog_z_BTN = (x.astype(jnp.float32) for x in cotangents)
-    queries, keys = _queries(q_BTNH, segment_ids_BT, k_BTKH.shape[2], settings), _keys(k_BTKH, v_BTKH, segment_ids_BT)
+    slots = _slots(q_BTNH.shape[1])
+    queries = _queries(q_BTNH, segment_ids_BT, slots, k_BTKH.shape[2], settings)
+    keys = _keys(k_BTKH, v_BTKH, segment_ids_BT, slots)
     delta_BTN = jnp.sum(dout_BTNH * out_BTNH, axis=-1) - dlog_z_BTN
     chunk = functools.partial(_chunked, num_kv_heads=k_BTKH.shape[2], size=queries.q.shape[4])
     rows = (chunk(dout_BTNH), chunk(log_z_BTN[..., None])[..., 0], chunk(delta_BTN[..., None])[..., 0])
@@ -240,17 +244,17 @@ def _segments(segment_ids_BT: jax.Array) -> jax.Array:
     return segment_ids_BT.reshape(B, -1, _chunk_size(T)).swapaxes(0, 1)
 
 
-def _queries(q_BTNH: jax.Array, segment_ids_BT: jax.Array, num_kv_heads: int, settings: Settings) -> Queries:
+def _queries(q_BTNH: jax.Array, segment_ids_BT: jax.Array, slots: jax.Array, num_kv_heads: int,
+             settings: Settings) -> Queries:
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     scaled = q_BTNH * settings.options.score_scale(H)
-    return Queries(_chunked(scaled, num_kv_heads=num_kv_heads, size=_chunk_size(T)), _segments(segment_ids_BT),
-                   _slots(T))
+    return Queries(_chunked(scaled, num_kv_heads=num_kv_heads, size=_chunk_size(T)), _segments(segment_ids_BT), slots)
 
 
-def _keys(k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> Keys:
+def _keys(k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, slots: jax.Array) -> Keys:
     T, K = k_BTKH.shape[1:3]
     k, v = (_chunked(x, num_kv_heads=K, size=_chunk_size(T))[:, :, :, 0] for x in (k_BTKH, v_BTKH))
-    return Keys(k, v, _segments(segment_ids_BT), _slots(T))
+    return Keys(k, v, _segments(segment_ids_BT), slots)
 
 
 def _visible(queries: Queries, keys: Keys, options: Options) -> jax.Array:
