@@ -38,6 +38,6 @@ def get_config() -> ConfigDict:
             {"tokens": 167_000_000_000, "schedule": "constant", "rate": 7.3e-6 / 2.2e-4},
         ],
         "mesh": {"data": 1, "fsdp": 64, "expert": 16},
-        "train": {"accumulation": 15, "remat": "full"},
+        "train": {"accumulation": 3, "remat": "full"},
         "checkpoint": {"every": 1000, "keep": 3},
     })  # fmt: skip

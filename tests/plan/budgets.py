@@ -78,7 +78,7 @@ LARGE = {
     "llama3_8b v6e:16x16": Case("llama3_8b", "v6e:16x16", mesh(fsdp=256, rows=256)),
     "llama3_8b v5e:16x16": Case("llama3_8b", "v5e:16x16", mesh(fsdp=128, tensor=2)),
     "llama3_70b v5p:4x4x8": Case("llama3_70b", "v5p:4x4x8"),
-    "deepseek_v3 v5p:8x8x16": Case("deepseek_v3", "v5p:8x8x16"),
+    "deepseek_v3 v5p:8x8x16": Case("deepseek_v3", "v5p:8x8x16", {"data.batch_size": "3072"}),  # its first stage
     "llama3_405b v5p:8x8x16": Case("llama3_405b", "v5p:8x8x16"),
     "olmo2_7b v5p:4x4x4": Case("olmo2_7b", "v5p:4x4x4", mesh(fsdp=64, rows=128)),
     "mixtral_8x7b v5p:4x4x4": Case("mixtral_8x7b", "v5p:4x4x4", mesh(fsdp=8, expert=8, rows=128)),
