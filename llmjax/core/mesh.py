@@ -74,7 +74,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if outer % len(by_slice):
         raise ConfigError(f"mesh.slice={sizes['slice']}: the devices stand in {len(by_slice)} slices; "
                           f"nearest: {len(by_slice)}")
-    parts = split_fsdp(sizes, torus_of(config, devices, num_slices=len(by_slice)))
+    within = sizes | {"slice": 1, "stage": outer // len(by_slice)}  # of one slice, whose torus it is
+    parts = split_fsdp(within, torus_of(config, devices, num_slices=len(by_slice)))
     shape = [outer // len(by_slice), sizes["data"], *parts, sizes["expert"], sizes["context"], sizes["tensor"]]
     grids = [mesh_utils.create_device_mesh(shape, by_slice[index], allow_split_physical_axes=True)
              for index in sorted(by_slice)]

@@ -26,6 +26,7 @@ WIDTHS = {"float32": FULL, "bfloat16": HALF}
 LANES = 128
 BATCH_ARRAYS = 6  # of 4 bytes a token
 LOGITS_BYTES = 2 * 128 * 2**20  # float32 logits of a chunk, and their derivative
+TABLES_AT_ONCE = 1.75  # gradients of embedding and output projection, in compiled steps of Llama and OLMo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +104,10 @@ def memory(layout: Layout) -> Memory:
     model, tensor = layout.model, layout.tensor
     split = tensor * layout.sizes["stage"]
     shards = layout.sizes["fsdp"]
-    stored = num_params(model) / split
+    experts = expert_params(model) * (1 - 1 / layout.sizes["expert"])  # that other shards of experts hold
+    stored = (num_params(model) - experts) / split
     stacks = _stacks(layout)
-    block = max(stack.params for stack in stacks) / tensor
+    block = (max(stack.params for stack in stacks) - experts / model.num_layers) / tensor
     table = model.vocab_size * model.dim / tensor
     held = layout.shard == "parameters"
     gradients = FULL * stored / (shards if layout.shard in ("parameters", "gradients") else 1)
@@ -120,7 +122,7 @@ def memory(layout: Layout) -> Memory:
                         min(LOGITS_BYTES, 2 * FULL * layout.decoder_tokens * model.vocab_size / tensor)),
         weights=HALF * (sum(stack.params * stack.layers for stack in stacks) / tensor if all_gathered else block)
         + FULL * block,
-        head=(2 * HALF + 2 * FULL) * table,
+        head=(2 * HALF + TABLES_AT_ONCE * FULL) * table,
     )
 
 
@@ -139,7 +141,7 @@ class _Stack:
 def _stacks(layout: Layout) -> list[_Stack]:
     model, stages = layout.model, layout.sizes["stage"]
     own, beside = _waiting(layout), _cross_heads(layout) if model.encoder_layers else 0.0
-    working = _working(model, layout.tensor)
+    working = _working(layout)
     stacks = [_Stack(model.num_layers / stages, layout.decoder_tokens, block_params(model),
                      waiting=own + (beside if layout.remat in ("none", "save_matmuls") else 0.0),
                      working=working + beside)]  # fmt: skip
@@ -155,6 +157,12 @@ def block_params(model: ModelConfig, *, stack: Literal["decoder", "encoder"] = "
     sizes = [one.size for one in declared(model) if "layers" in one.axes and one.path[0] != "multi_token"
              and (one.path[0] == "encoder") == (stack == "encoder")]  # fmt: skip
     return sum(sizes) / (model.encoder_layers if stack == "encoder" else model.num_layers)
+
+
+@functools.lru_cache(maxsize=64)
+def expert_params(model: ModelConfig) -> int:
+    """Parameters that an expert axis splits."""
+    return sum(one.size for one in declared(model) if "expert" in one.axes)
 
 
 @functools.lru_cache(maxsize=64)
@@ -174,10 +182,17 @@ def _waiting(layout: Layout) -> float:
     return waiting.get(layout.remat, block_input)
 
 
-def _working(model: ModelConfig, tensor: int) -> float:
-    """Elements a token that live while one block is differentiated."""
+def _working(layout: Layout) -> float:
+    """Elements a token that live while one block is differentiated.
+
+    Without a capacity a shard of the experts has room for every token of all shards.
+    """
+    model, tensor = layout.model, layout.tensor
     statistics = 2 * model.num_heads * LANES * FULL / HALF / 2
-    return 8 * model.dim + (6 * model.mlp_dim + _heads(model) + statistics) / tensor
+    mlp = 6 * model.mlp_dim
+    if model.moe.num_experts:
+        mlp = 4 * layout.sizes["expert"] * model.moe.top_k * ((model.moe.expert_mlp_dim or model.mlp_dim) + model.dim)
+    return 8 * model.dim + (mlp + _heads(model) + statistics) / tensor
 
 
 def _heads(model: ModelConfig) -> float:

@@ -67,38 +67,28 @@ SMALL = {
     "small 2 x v5e:4x4": Case("llama3_8b", "v5e:4x4", SHRUNK | mesh(slice=2, fsdp=8, tensor=2, rows=16), num_slices=2),
     "small experts v5p:2x2x4": Case("mixtral_8x7b", "v5p:2x2x4", SHRUNK | mesh(fsdp=4, expert=4, rows=16)),
 }  # fmt: skip
-# Published recipes as they are, and on the topologies of the small ones: minutes each. The most telling come first.
+# Published recipes, as they are or fitted to other slices: minutes each.
 FOUR_MICROBATCHES = {"train.accumulation": "4"}
 LARGE = {
+    "llama3_8b v5p:2x2x2": Case("llama3_8b", "v5p:2x2x2", mesh(fsdp=8, rows=16)),
     "llama3_8b v5p:4x4x4": Case("llama3_8b", "v5p:4x4x4"),
     "llama3_8b 2 x v5p:4x4x4": Case("llama3_8b", "v5p:4x4x4", mesh(slice=2, fsdp=64), num_slices=2),
+    "llama3_8b v5e:16x16": Case("llama3_8b", "v5e:16x16", mesh(fsdp=128, tensor=2)),
+    "llama3_8b v6e:8x8": Case("llama3_8b", "v6e:8x8", mesh(fsdp=64)),
+    "llama3_70b v5p:4x4x8": Case("llama3_70b", "v5p:4x4x8"),
+    "llama3_70b v6e:16x16": Case("llama3_70b", "v6e:16x16", mesh(fsdp=64, tensor=4) | FOUR_MICROBATCHES),
+    "llama3_405b v5p:8x8x16": Case("llama3_405b", "v5p:8x8x16"),
+    "mixtral_8x7b v5p:4x4x4": Case("mixtral_8x7b", "v5p:4x4x4", mesh(fsdp=8, expert=8, rows=128)),
+    "mixtral_8x7b v6e:16x16": Case("mixtral_8x7b", "v6e:16x16", mesh(fsdp=32, expert=8, rows=256)),
+    "deepseek_v3 v5p:8x8x16": Case("deepseek_v3", "v5p:8x8x16", {"data.batch_size": "3072"}),  # its first stage
+    "olmo2_7b v5p:4x4x4": Case("olmo2_7b", "v5p:4x4x4", mesh(fsdp=64, rows=128)),
+    "olmo2_13b v5p:4x4x8": Case("olmo2_13b", "v5p:4x4x8"),
+    "olmo2_32b v5p:4x8x8": Case("olmo2_32b", "v5p:4x8x8"),
+    "olmo_7b v5p:4x4x4": Case("olmo_7b", "v5p:4x4x4"),
+    "gpt3_175b v5p:4x8x8": Case("gpt3_175b", "v5p:4x8x8"),
+    "t5_base v5e:4x4": Case("t5_base", "v5e:4x4", mesh(fsdp=16)),
     "t5_base v5p:2x2x1": Case("t5_base", "v5p:2x2x1"),
     "bert_base v5p:2x2x1": Case("bert_base", "v5p:2x2x1"),
-    "mixtral_8x7b v5p:4x8x8": Case("mixtral_8x7b", "v5p:4x8x8"),
-    "llama3_8b v6e:16x16": Case("llama3_8b", "v6e:16x16", mesh(fsdp=256, rows=256)),
-    "llama3_8b v5e:16x16": Case("llama3_8b", "v5e:16x16", mesh(fsdp=128, tensor=2)),
-    "llama3_70b v5p:4x4x8": Case("llama3_70b", "v5p:4x4x8"),
-    "deepseek_v3 v5p:8x8x16": Case("deepseek_v3", "v5p:8x8x16", {"data.batch_size": "3072"}),  # its first stage
-    "llama3_405b v5p:8x8x16": Case("llama3_405b", "v5p:8x8x16"),
-    "olmo2_7b v5p:4x4x4": Case("olmo2_7b", "v5p:4x4x4", mesh(fsdp=64, rows=128)),
-    "mixtral_8x7b v5p:4x4x4": Case("mixtral_8x7b", "v5p:4x4x4", mesh(fsdp=8, expert=8, rows=128)),
-    "llama3_70b v6e:16x16": Case("llama3_70b", "v6e:16x16", mesh(fsdp=64, tensor=4) | FOUR_MICROBATCHES),
-    "olmo2_32b v5p:4x8x8": Case("olmo2_32b", "v5p:4x8x8"),
-    "gpt3_175b v5p:4x8x8": Case("gpt3_175b", "v5p:4x8x8"),
-    "llama3_70b v5p:4x4x4": Case("llama3_70b", "v5p:4x4x4", mesh(fsdp=64, rows=128)),
-    "mixtral_8x7b v6e:16x16": Case("mixtral_8x7b", "v6e:16x16", mesh(fsdp=32, expert=8, rows=256)),
-    "mixtral_8x7b v5e:16x16": Case("mixtral_8x7b", "v5e:16x16", mesh(fsdp=32, expert=8, rows=256)),
-    "mixtral_8x7b 2 x v5p:4x4x4": Case("mixtral_8x7b", "v5p:4x4x4", mesh(slice=2, fsdp=8, expert=8, rows=256),
-                                       num_slices=2),
-    "t5_base v5p:4x4x4": Case("t5_base", "v5p:4x4x4", mesh(fsdp=64)),
-    "t5_base v5e:16x16": Case("t5_base", "v5e:16x16", mesh(fsdp=64, data=4, rows=256)),
-    "t5_base v6e:16x16": Case("t5_base", "v6e:16x16", mesh(fsdp=64, data=4, rows=256)),
-    "olmo2_7b v5e:16x16": Case("olmo2_7b", "v5e:16x16", mesh(fsdp=128, tensor=2) | FOUR_MICROBATCHES),
-    "olmo2_7b v6e:16x16": Case("olmo2_7b", "v6e:16x16", mesh(fsdp=128, tensor=2) | FOUR_MICROBATCHES),
-    "llama3_70b v5e:16x16": Case("llama3_70b", "v5e:16x16", mesh(fsdp=64, tensor=4) | FOUR_MICROBATCHES),
-    "llama3_70b 2 x v5p:4x4x4": Case("llama3_70b", "v5p:4x4x4", mesh(slice=2, fsdp=64), num_slices=2),
-    "olmo2_13b v5p:4x4x8": Case("olmo2_13b", "v5p:4x4x8"),
-    "olmo_7b v5p:4x4x4": Case("olmo_7b", "v5p:4x4x4"),
 }  # fmt: skip
 CASES = SMALL | LARGE
 

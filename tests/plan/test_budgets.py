@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from llmjax.core.mesh import FSDP_AXES, check_fits, make_mesh
-from llmjax.core.sections import MeshConfig
+from llmjax.core.sections import AXIS_NAMES, MeshConfig
 from llmjax.models.flops import num_params
 from llmjax.plan import topology
 from llmjax.plan.compile import compile_step, hbm_bytes
+from llmjax.plan.memory import layout_of, memory
 from tests.plan.budgets import CASES, LARGE, SHRUNK, SMALL, Case, Cost, budgets, cost_of, mesh
 
 TOLERANCE = 1.03
@@ -40,6 +41,16 @@ def hold_to_budget(name: str) -> None:
     if name not in WRITTEN:
         pytest.skip(f"no budget: python -m tests.plan.budgets '{name}'")
     assert not over(cost_of(CASES[name]), WRITTEN[name])
+
+
+@pytest.mark.parametrize("name", [
+    "llama3_8b v5p:2x2x2", "llama3_8b v5p:4x4x4", "llama3_8b v5e:16x16", "llama3_8b v6e:8x8", "llama3_70b v5p:4x4x8",
+    "llama3_70b v6e:16x16", "llama3_405b v5p:8x8x16", "mixtral_8x7b v5p:4x4x4", "mixtral_8x7b v6e:16x16",
+    "deepseek_v3 v5p:8x8x16", "olmo2_7b v5p:4x4x4", "t5_base v5e:4x4"])  # fmt: skip
+def test_the_memory_model_is_within_a_tenth_of_what_was_compiled(name: str) -> None:
+    config, compiled = CASES[name].config, WRITTEN[name]
+    sizes = {axis: getattr(config.mesh, axis) for axis in AXIS_NAMES}
+    assert memory(layout_of(config, sizes)).total == pytest.approx(compiled.argument + compiled.temp, rel=0.1)
 
 
 @pytest.mark.tpu_compile
@@ -105,6 +116,15 @@ def test_tensor_shards_are_neighbours(name: str, sizes: MeshConfig) -> None:
     torus = np.array((*slice_.dims, 1)[:3])
     hops = np.minimum(apart, torus - apart).sum(-1)
     assert hops.max() == 1
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(("sizes", "parts"), [
+    (MeshConfig(slice=2, data=1, fsdp=64), (4, 4, 4)), (MeshConfig(slice=2, data=1, fsdp=16, tensor=4), (4, 4, 1)),
+    (MeshConfig(stage=4, data=1, fsdp=32), (4, 4, 2))])  # fmt: skip
+def test_weights_are_sharded_along_the_torus_of_each_of_two_slices(sizes: MeshConfig, parts: tuple[int, ...]) -> None:
+    mesh = make_mesh(sizes, topology.load("v5p:4x4x4", num_slices=2).devices)
+    assert tuple(mesh.shape[axis] for axis in FSDP_AXES) == parts
 
 
 @pytest.mark.slow
