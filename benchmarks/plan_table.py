@@ -9,7 +9,8 @@ Every figure is an estimate of the TPU compiler; nothing ran on a chip. MaxText'
 attention, AdamW in float32, bfloat16 compute, libtpu 0.0.42.1, the same as ours) were counted from its scheduled
 program: estimated_cycles times loop trips at the chip's clock, splash attention by its static cycles as ours is,
 synchronous collectives exposed. Its communication was counted over all links of a chip at once, as for groups that span
-the whole slice; v6e's 8x8 does not close into rings and has half of them, so that row's is doubled.
+the whole slice; v6e's 8x8 does not close into rings and has half of them, so that row's is doubled. What waits in host
+memory ("offload", a block's input: 134 MB a layer of 8B) travels beside the computation; the way there is not counted.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from llmjax.core.mesh import FSDP_AXES, TOKEN_AXES
 
 # The axes over which losses and gradients are added up.
 SHARE_AXES = ("stage", *TOKEN_AXES)
-LANES, SUBLANES = 128, 16  # of a TPU's tile, along the last dim of an array
+LANES = 128  # of a TPU's tile, along the last dim of an array
 ShardedDims = tuple[tuple[int, tuple[str, ...]], ...]  # a dim and the axes that split it, the outermost first
 
 
@@ -81,17 +81,8 @@ def sum_gradient(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
 def _gather(weight: jax.Array, dims: ShardedDims, dtype: str) -> jax.Array:
     weight = weight.astype(dtype)  # cast first: half the bytes on the wire
     for dim, axes in dims:
-        weight = _gather_dim(weight, dim, axes)
+        weight = lax.all_gather(weight, axes, axis=dim, tiled=True)  # over all links of the torus at once
     return weight
-
-
-def _gather_dim(weight: jax.Array, dim: int, axes: tuple[str, ...]) -> jax.Array:
-    """Over all links of the torus at once; few heads, which fill no tile, as columns: else XLA makes an all-reduce."""
-    inner = weight.shape[1:]
-    if dim == 0 and len(inner) == 2 and inner[0] < SUBLANES:
-        whole = lax.all_gather(weight.reshape(len(weight), -1), axes, axis=0, tiled=True)
-        return whole.reshape(-1, *inner)
-    return lax.all_gather(weight, axes, axis=dim, tiled=True)
 
 
 def _gather_fwd(weight: jax.Array, dims: ShardedDims, dtype: str) -> tuple[jax.Array, jax.Array]:

@@ -84,9 +84,14 @@ def moved(name: str) -> Iterator[tuple[str, set[str], str, int]]:
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_gradients_are_summed_in_float32(name: str) -> None:
-    sums = [dtype for kind, axes, dtype, _ in moved(name)
-            if kind in ("all-reduce", "reduce-scatter") and axes & GRADIENT_AXES]  # fmt: skip
-    assert "f32" in sums and {part for dtype in sums for part in dtype.split("+")} <= {"f32", "s32"}, sums
+    """Axis by axis; what XLA sums in bfloat16 over several torus axes at once are gathers of zero-padded shards."""
+    sums = {(kind, *sorted(axes), dtype): size for kind, axes, dtype, size in moved(name)
+            if kind in ("all-reduce", "reduce-scatter") and axes & GRADIENT_AXES}  # fmt: skip
+    gathers = {key for key in sums if key[-1] == "bf16" and len({*FSDP_AXES} & {*key}) > 1}
+    dtypes = {part for key in sums.keys() - gathers for part in key[-1].split("+")}
+    assert "f32" in dtypes and dtypes <= {"f32", "s32"}, sums
+    gathered = sum(size for kind, _, _, size in moved(name) if kind == "all-gather")
+    assert sum(sums[key] for key in gathers) < 0.05 * gathered
 
 
 @pytest.mark.parametrize("name", [name for name in WRITTEN if CASES[name].num_slices > 1])
