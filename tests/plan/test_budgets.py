@@ -91,7 +91,7 @@ def test_gradients_are_summed_in_float32(name: str) -> None:
     dtypes = {part for key in sums.keys() - gathers for part in key[-1].split("+")}
     assert "f32" in dtypes and dtypes <= {"f32", "s32"}, sums
     gathered = sum(size for kind, _, _, size in moved(name) if kind == "all-gather")
-    assert sum(sums[key] for key in gathers) < 0.05 * gathered
+    assert sum(sums[key] for key in gathers) <= 0.05 * gathered
 
 
 @pytest.mark.parametrize("name", [name for name in WRITTEN if CASES[name].num_slices > 1])
