@@ -48,6 +48,8 @@ def hold_to_budget(name: str) -> None:
     "llama3_70b v6e:16x16", "llama3_405b v5p:8x8x16", "mixtral_8x7b v5p:4x4x4", "mixtral_8x7b v6e:16x16",
     "deepseek_v3 v5p:8x8x16", "olmo2_7b v5p:4x4x4", "t5_base v5e:4x4"])  # fmt: skip
 def test_the_memory_model_is_within_a_tenth_of_what_was_compiled(name: str) -> None:
+    if name not in WRITTEN:
+        pytest.skip(f"no budget: python -m tests.plan.budgets '{name}'")
     config, compiled = CASES[name].config, WRITTEN[name]
     sizes = {axis: getattr(config.mesh, axis) for axis in AXIS_NAMES}
     assert memory(layout_of(config, sizes)).total == pytest.approx(compiled.argument + compiled.temp, rel=0.1)
