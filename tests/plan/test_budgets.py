@@ -92,8 +92,7 @@ def test_gradients_are_summed_in_float32(name: str) -> None:
     gathers = {key for key in sums if key[-1] == "bf16" and len({*FSDP_AXES} & {*key}) > 1}
     dtypes = {part for key in sums.keys() - gathers for part in key[-1].split("+")}
     assert "f32" in dtypes and dtypes <= {"f32", "s32"}, sums
-    gathered = sum(size for kind, _, _, size in moved(name) if kind == "all-gather")
-    assert sum(sums[key] for key in gathers) <= 0.05 * gathered
+    assert sum(sums[key] for key in gathers) <= 2 * 2 * num_params(CASES[name].config.model)  # forward and recomputed
 
 
 @pytest.mark.parametrize("name", [name for name in WRITTEN if CASES[name].num_slices > 1])
@@ -137,7 +136,7 @@ def test_weights_are_sharded_along_the_torus_of_each_of_two_slices(sizes: MeshCo
 @pytest.mark.slow
 @pytest.mark.tpu_compile
 def test_memory_of_a_long_context_grows_with_the_tokens_of_a_chip() -> None:
-    """A small model over 128k tokens, sixteen chips to a row: what twice the tokens add is twice, not four times."""
+    """A small model over 128k tokens, sixteen chips to a row: twice the tokens add at most twice as much."""
     chips, temp = topology.load("v5p:2x2x4"), {}
     for seq_len in (32_768, 65_536, 131_072):
         overrides = SHRUNK | mesh(context=16, rows=1) | {"data.seq_len": str(seq_len)}
@@ -145,5 +144,5 @@ def test_memory_of_a_long_context_grows_with_the_tokens_of_a_chip() -> None:
         temp[seq_len] = hbm_bytes(compile_step(config, chips), chips).temp
     print(temp)
     first, second = temp[65_536] - temp[32_768], temp[131_072] - temp[65_536]
-    assert second == pytest.approx(2 * first, rel=0.15)
+    assert 0 < second < 1.15 * 2 * first
     assert temp[131_072] < 2.2 * temp[65_536]
