@@ -21,8 +21,8 @@ from llmjax.core.sections import Config, ModelConfig, OptimConfig
 from llmjax.models.flops import declared, num_params
 from llmjax.optim.held import held_shapes
 
-HALF, FULL = 2, 4  # bytes of bfloat16 and float32
-WIDTHS = {"float32": FULL, "bfloat16": HALF}
+FULL = 4  # bytes of float32
+WIDTHS = {"float32": FULL, "bfloat16": 2}
 LANES = 128
 BATCH_ARRAYS = 6  # of 4 bytes a token
 LOGITS_BYTES = 2 * 128 * 2**20  # float32 logits of a chunk, and their derivative
@@ -53,6 +53,11 @@ class Layout:
     def decoder_tokens(self) -> int:
         """Those that the decoder works on."""
         return self.rows * (self.target_len or self.seq_len)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in compute precision."""
+        return WIDTHS[self.model.compute_dtype]
 
     @property
     def tensor(self) -> int:
@@ -117,12 +122,12 @@ def memory(layout: Layout) -> Memory:
         optimiser=layout.moments * layout.moment_bytes * stored / (shards if layout.shard != "nothing" else 1),
         batch=BATCH_ARRAYS * FULL * sum(stack.tokens for stack in stacks) * layout.accumulation,
         gradients=gradients * (2 if layout.accumulation > 1 else 1),
-        residuals=HALF * sum(stack.tokens * stack.layers * stack.waiting + stack.outputs for stack in stacks),
-        activations=max(HALF * max(stack.tokens * stack.working for stack in stacks),
+        residuals=layout.width * sum(stack.tokens * stack.layers * stack.waiting + stack.outputs for stack in stacks),
+        activations=max(layout.width * max(stack.tokens * stack.working for stack in stacks),
                         min(LOGITS_BYTES, 2 * FULL * layout.decoder_tokens * model.vocab_size / tensor)),
-        weights=HALF * (sum(stack.params * stack.layers for stack in stacks) / tensor if all_gathered else block)
-        + FULL * block,
-        head=(2 * HALF + TABLES_AT_ONCE * FULL) * table,
+        weights=layout.width * (sum(stack.params * stack.layers for stack in stacks) / tensor if all_gathered
+                                else block) + FULL * block,
+        head=(2 * layout.width + TABLES_AT_ONCE * FULL) * table,
     )
 
 
@@ -176,7 +181,7 @@ def _waiting(layout: Layout) -> float:
     """Elements a token that wait in every layer."""
     model, tensor = layout.model, layout.tensor
     matmuls = 3 * model.dim + _heads(model) / tensor + 2 * model.mlp_dim / tensor
-    statistics = model.num_heads / tensor * FULL / HALF
+    statistics = model.num_heads / tensor * FULL / layout.width
     block_input = model.dim / tensor  # between blocks tensor shards share the tokens
     waiting = {"none": matmuls + statistics, "save_matmuls": matmuls, "offload": 0.0}  # the last waits in host memory
     return waiting.get(layout.remat, block_input)
@@ -188,7 +193,7 @@ def _working(layout: Layout) -> float:
     Without a capacity a shard of the experts has room for every token of all shards.
     """
     model, tensor = layout.model, layout.tensor
-    statistics = 2 * model.num_heads * LANES * FULL / HALF / 2
+    statistics = 2 * model.num_heads * LANES * FULL / layout.width / 2
     mlp = 6 * model.mlp_dim
     if model.moe.num_experts:
         mlp = 4 * layout.sizes["expert"] * model.moe.top_k * ((model.moe.expert_mlp_dim or model.mlp_dim) + model.dim)

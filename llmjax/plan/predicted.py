@@ -19,7 +19,9 @@ from llmjax.plan.speed import Machine, seconds
 
 PROBE = 1024  # rows and columns of the matrix product that measures a machine without a published peak
 PROBE_RUNS = 4
-SHARED_MEMORY_BANDWIDTH = 5e9  # bytes/s between devices that are threads of one machine
+# Bytes/s of all devices together that are threads of one machine: to its memory, and between them, where most of the
+# time goes into waiting for each other.
+MEMORY_BANDWIDTH, EXCHANGE_BANDWIDTH = 20e9, 1e9
 
 
 def predict(config: Config, workdir: Path) -> dict[str, Any]:
@@ -43,12 +45,14 @@ def local_machine(dtype: str) -> tuple[Machine, str]:
     chip = next((chip for chip in CHIPS.values() if chip.device_kind == devices[0].device_kind), None)
     peak = peak_flops(devices[0].device_kind)
     if peak:
+        memory = chip.hbm_bandwidth / chip.devices_per_chip if chip else 2e12  # between an A100's and an H100's
         link = chip.link_bandwidth if chip else 50e9  # NVLink and its kin are faster, a network is slower
-        return Machine(peak, link, (len(devices),), wraps=True), f"peak of {devices[0].device_kind} as published"
+        return Machine(peak, memory, link, (len(devices),), wraps=True), (
+            f"peak of {devices[0].device_kind} as published")
     # Devices without a published peak are a CPU's, which share it.
-    rate = matmul_rate(dtype) / len(devices)
-    return Machine(rate, SHARED_MEMORY_BANDWIDTH / len(devices), (len(devices),), wraps=False), (
-        f"a matrix product of {PROBE} x {PROBE} measured {rate * len(devices) / 1e9:.0f} GFLOP/s")
+    rate, count = matmul_rate(dtype), len(devices)
+    machine = Machine(rate / count, MEMORY_BANDWIDTH / count, EXCHANGE_BANDWIDTH / count, (count,), wraps=False)
+    return machine, f"a matrix product of {PROBE} x {PROBE} measured {rate / 1e9:.0f} GFLOP/s"
 
 
 def matmul_rate(dtype: str) -> float:

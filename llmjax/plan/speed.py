@@ -11,7 +11,7 @@ import math
 
 from llmjax.models.flops import flops_per_token, num_matmul_params, num_params
 from llmjax.plan.chips import Chip
-from llmjax.plan.memory import FULL, HALF, Layout
+from llmjax.plan.memory import FULL, Layout
 
 MATMUL_EFFICIENCY, ATTENTION_EFFICIENCY = 0.85, 0.5  # of the peak, as compiled steps came out
 # Forward passes a step runs again, as a share of one: matrix products, attention.
@@ -23,6 +23,7 @@ class Machine:
     """What the model needs to know of a slice."""
 
     peak_flops: float  # of a device
+    memory_bandwidth: float  # bytes/s of a device
     link_bandwidth: float  # bytes/s one way
     dims: tuple[int, ...]  # of the torus
     wraps: bool
@@ -30,7 +31,8 @@ class Machine:
     @classmethod
     def of(cls, chip: Chip, dims: tuple[int, ...], *, wraps: bool) -> Machine:
         """A slice of TPUs."""
-        return cls(chip.peak_flops / chip.devices_per_chip, chip.link_bandwidth, dims, wraps)
+        devices = chip.devices_per_chip
+        return cls(chip.peak_flops / devices, chip.hbm_bandwidth / devices, chip.link_bandwidth, dims, wraps)
 
     def bandwidth(self, size: int) -> float:
         """Bytes/s into a device from a mesh axis, which takes as few torus axes as hold it."""
@@ -47,16 +49,17 @@ class Seconds:
     """One step."""
 
     compute: float
+    update: float  # of the parameters by the optimiser
     communication: float
 
     @property
     def total(self) -> float:
-        return self.compute + self.communication
+        return self.compute + self.update + self.communication
 
 
 def seconds(layout: Layout, machine: Machine) -> Seconds:
     """The model's sum for a layout."""
-    return Seconds(_compute(layout, machine), _communication(layout, machine))
+    return Seconds(_compute(layout, machine), _update(layout, machine), _communication(layout, machine))
 
 
 def _compute(layout: Layout, machine: Machine) -> float:
@@ -70,22 +73,29 @@ def _compute(layout: Layout, machine: Machine) -> float:
     return tokens * spent / (layout.tensor * layout.sizes["stage"] * machine.peak_flops)
 
 
+def _update(layout: Layout, machine: Machine) -> float:
+    """Parameters and moments are read and written, gradients read, once a step."""
+    shards = 1 if layout.shard == "nothing" else layout.sizes["fsdp"]
+    held = num_params(layout.model) / (layout.tensor * layout.sizes["stage"] * shards)
+    return held * (3 * FULL + 2 * layout.moments * layout.moment_bytes) / machine.memory_bandwidth
+
+
 def _communication(layout: Layout, machine: Machine) -> float:
     sizes, stored = layout.sizes, num_params(layout.model) / (layout.tensor * layout.sizes["stage"])
     total, shards = 0.0, sizes["fsdp"]
     if shards > 1 and layout.shard == "parameters":
         gathers = 1 if layout.remat == "none" else 2
-        moved = (gathers * HALF + FULL) * stored * layout.accumulation * (shards - 1) / shards
+        moved = (gathers * layout.width + FULL) * stored * layout.accumulation * (shards - 1) / shards
         total += moved / machine.bandwidth(shards)
     reduced = sizes["slice"] * sizes["data"] * sizes["context"] * (1 if layout.shard == "parameters" else shards)
     if reduced > 1:  # the gradients of what is replicated, once a step
         kept = stored / (shards if layout.shard == "parameters" else 1)
         total += 2 * FULL * kept * (reduced - 1) / reduced / machine.bandwidth(reduced)
-    if layout.tensor > 1:  # two sums forward, two backward, again where the forward pass is
-        sums = 4 + (0 if layout.remat == "none" else 2)
-        size = HALF * layout.tokens * layout.accumulation * layout.model.dim
+    if layout.tensor > 1:  # in a layer two sums forward, two backward, again where the forward pass is; at the ends two
+        sums = layout.model.num_layers * (4 + (0 if layout.remat == "none" else 2)) + 2
+        size = layout.width * layout.tokens * layout.accumulation * layout.model.dim
         share = 2 * (layout.tensor - 1) / layout.tensor
-        total += sums * layout.model.num_layers * size * share / machine.bandwidth(layout.tensor)
+        total += sums * size * share / machine.bandwidth(layout.tensor)
     return total
 
 
