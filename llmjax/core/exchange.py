@@ -1,9 +1,10 @@
 """Sending tokens to their experts and back over the mesh axis `expert`, each exchange the other's derivative.
 
-Dropless routing sends rows in pieces of any length (`ragged_all_to_all`); capacity-based routing sends equal slots
-(`all_to_all`, Lepikhin et al. 2021, section 3.2). Both vanish where the axis does not split.
+Dropless routing sends rows in pieces of any length (`ragged_all_to_all`), in as many rounds as the fullest shard needs
+to make room for them; capacity-based routing sends equal slots (`all_to_all`, Lepikhin et al. 2021, section 3.2). The
+latter vanishes where the axis does not split.
 
-Letters: X shards of the expert axis, M rows of one shard, D width.
+Letters: X shards of the expert axis, M rows of one shard, R rows that a shard has room for, D width.
 """
 
 from __future__ import annotations
@@ -22,76 +23,85 @@ AXIS = "expert"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pieces:
-    """One shard's side of a ragged exchange: what it sends to and receives from each other shard, (X,) each."""
+class Pieces:
+    """What goes from shard s to shard r, (X, X) each and the same on every shard: how many rows, from and to where."""
 
-    input_offsets: jax.Array
-    send_sizes: jax.Array
-    output_offsets: jax.Array  # in the receiver's buffer
-    recv_sizes: jax.Array
+    sizes_XX: jax.Array
+    sent_from_XX: jax.Array  # in the rows of s
+    lands_at_XX: jax.Array  # in the rows of r
+
+    def back(self) -> Pieces:
+        """The way back."""
+        return Pieces(self.sizes_XX.T, self.lands_at_XX.T, self.sent_from_XX.T)
 
 
-def _starts(sizes: jax.Array, axis: int) -> jax.Array:
+jax.tree_util.register_dataclass(Pieces, data_fields=[field.name for field in dataclasses.fields(Pieces)],
+                                 meta_fields=[])
+
+
+def pieces_of_round(counts_XX: jax.Array, number: jax.Array | int, *, room: int) -> Pieces:
+    """What of `counts_XX[s, r]` rows from s to r goes in one round, in each of which a shard receives `room` rows.
+
+    Rows stand in order of their receiver before, in order of their sender after the exchange.
+    """
+    begins_XX = starts(counts_XX, axis=0) - number * room  # of all that r is sent, as this round sees it
+    first_XX = jnp.clip(-begins_XX, 0, counts_XX)
+    sizes_XX = jnp.clip(room - begins_XX, 0, counts_XX) - first_XX
+    return Pieces(sizes_XX, starts(counts_XX, axis=1) + first_XX, jnp.clip(begins_XX, 0, room))
+
+
+def within_round(counts_XL: jax.Array, number: jax.Array | int, *, room: int) -> jax.Array:
+    """What of the rows that a shard is sent, by sender and expert, comes in one round."""
+    ends_P = jnp.cumsum(counts_XL.reshape(-1)) - number * room
+    begins_P = ends_P - counts_XL.reshape(-1)
+    return (jnp.clip(ends_P, 0, room) - jnp.clip(begins_P, 0, room)).reshape(counts_XL.shape)
+
+
+def starts(sizes: jax.Array, *, axis: int) -> jax.Array:
+    """Where each of the pieces that follow one another begins."""
     return jnp.cumsum(sizes, axis) - sizes
 
 
-def _pieces(counts_XX: jax.Array, shard: jax.Array | int) -> _Pieces:
-    """Rows stand in order of their receiver before, in order of their sender after the exchange."""
-    return _Pieces(_starts(counts_XX[shard], 0), counts_XX[shard], _starts(counts_XX, 0)[shard], counts_XX[:, shard])
-
-
-def _ragged(rows_MD: jax.Array, counts_XX: jax.Array, num_rows: int) -> jax.Array:
-    """Send the first `counts_XX[s, r]` rows not yet sent from shard s to r; what is left of `num_rows` stays zero."""
-    pieces = _pieces(counts_XX, lax.axis_index(AXIS))
+def _ragged(rows_MD: jax.Array, pieces: Pieces, num_rows: int) -> jax.Array:
+    """The rows that come to this shard where they land, zeros elsewhere: (`num_rows`, D)."""
+    shard = lax.axis_index(AXIS)
     empty = jnp.zeros((num_rows, rows_MD.shape[1]), rows_MD.dtype)
     if for_tpu():
-        return lax.ragged_all_to_all(rows_MD, empty, pieces.input_offsets, pieces.send_sizes, pieces.output_offsets,
-                                     pieces.recv_sizes, axis_name=AXIS)
-    return _ragged_by_gather(rows_MD, empty, pieces)
+        return lax.ragged_all_to_all(
+            rows_MD, empty, pieces.sent_from_XX[shard], pieces.sizes_XX[shard], pieces.lands_at_XX[shard],
+            pieces.sizes_XX[:, shard], axis_name=AXIS)
+    return _ragged_by_gather(rows_MD, empty, pieces, shard)
 
 
-def _ragged_by_gather(rows_MD: jax.Array, empty: jax.Array, pieces: _Pieces) -> jax.Array:
+def _ragged_by_gather(rows_MD: jax.Array, empty: jax.Array, pieces: Pieces, shard: jax.Array) -> jax.Array:
     """What `ragged_all_to_all` does, from everybody's rows: for platforms that do not have it (XLA on CPUs)."""
-    everyone = functools.partial(lax.all_gather, axis_name=AXIS)
-    shard = lax.axis_index(AXIS)
-    rows_XMD, begins_X = everyone(rows_MD), everyone(pieces.input_offsets)[:, shard]
-    offsets_X = everyone(pieces.output_offsets)[:, shard]
+    rows_XMD = lax.all_gather(rows_MD, AXIS)
+    sent_from_X, lands_at_X = pieces.sent_from_XX[:, shard], pieces.lands_at_XX[:, shard]
     slot_R = jnp.arange(empty.shape[0])
-    inside_XR = (slot_R[None] >= offsets_X[:, None]) & (slot_R[None] < (offsets_X + pieces.recv_sizes)[:, None])
+    inside_XR = ((slot_R[None] >= lands_at_X[:, None])
+                 & (slot_R[None] < (lands_at_X + pieces.sizes_XX[:, shard])[:, None]))
     sender_R = jnp.argmax(inside_XR, axis=0)
-    found_RD = rows_XMD[sender_R, (slot_R - offsets_X[sender_R] + begins_X[sender_R]) % rows_MD.shape[0]]
-    return jnp.where(jnp.any(inside_XR, axis=0)[:, None], found_RD, empty)
+    row_R = (slot_R - lands_at_X[sender_R] + sent_from_X[sender_R]) % rows_MD.shape[0]
+    return jnp.where(jnp.any(inside_XR, axis=0)[:, None], rows_XMD[sender_R, row_R], empty)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _exchange(rows_MD: jax.Array, counts_XX: jax.Array, num_rows: int) -> jax.Array:
-    return _ragged(rows_MD, counts_XX, num_rows)
+def send(rows_MD: jax.Array, pieces: Pieces, num_rows: int) -> jax.Array:
+    """Rows to where they are to land: (`num_rows`, D), zeros where none lands. The derivative goes the way back."""
+    return _ragged(rows_MD, pieces, num_rows)
 
 
-def _exchange_fwd(rows_MD: jax.Array, counts_XX: jax.Array, num_rows: int) -> tuple[jax.Array, tuple]:
-    return _ragged(rows_MD, counts_XX, num_rows), (counts_XX, jnp.zeros((rows_MD.shape[0], 0), rows_MD.dtype))
+def _send_fwd(rows_MD: jax.Array, pieces: Pieces, num_rows: int) -> tuple[jax.Array, tuple]:
+    return _ragged(rows_MD, pieces, num_rows), (pieces, jnp.zeros((rows_MD.shape[0], 0), rows_MD.dtype))
 
 
-def _exchange_bwd(num_rows: int, residuals: tuple, grad: jax.Array) -> tuple[jax.Array, None]:
+def _send_bwd(num_rows: int, residuals: tuple, grad: jax.Array) -> tuple[jax.Array, None]:
     del num_rows
-    counts_XX, like_M0 = residuals
-    return _ragged(grad, counts_XX.T, like_M0.shape[0]), None
+    pieces, like_M0 = residuals
+    return _ragged(grad, pieces.back(), like_M0.shape[0]), None
 
 
-_exchange.defvjp(_exchange_fwd, _exchange_bwd)
-
-
-def send(rows_MD: jax.Array, counts_XX: jax.Array) -> jax.Array:
-    """Rows that stand in order of their receiver, to it: (X * M, D), in order of the sender, zeros behind them.
-
-    `counts_XX[s, r]` (int32, the same on every shard) rows go from shard s to r.
-    """
-    return _exchange(rows_MD, counts_XX, counts_XX.shape[0] * rows_MD.shape[0])
-
-
-def send_back(rows_RD: jax.Array, counts_XX: jax.Array) -> jax.Array:
-    """The inverse of `send`: what was received, (X * M, D), to where it came from, (M, D)."""
-    return _exchange(rows_RD, counts_XX.T, rows_RD.shape[0] // counts_XX.shape[0])
+send.defvjp(_send_fwd, _send_bwd)
 
 
 def everyone(x: jax.Array) -> jax.Array:

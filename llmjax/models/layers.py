@@ -46,21 +46,16 @@ PLAIN: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def _function(activation: str) -> Callable[..., jax.Array]:
+def activation_function(activation: str) -> Callable[..., jax.Array]:
+    """Of a gate and what it gates, or of one projection."""
     return GATED.get(activation) or PLAIN[activation]
-
-
-@functools.partial(recomputed, static_argnums=1)
-def activated(inputs_BTF: tuple[jax.Array, ...], activation: str) -> jax.Array:
-    """The activation of an MLP, of a gate and what it gates or of one projection."""
-    return _function(activation)(*inputs_BTF)
 
 
 @functools.partial(recomputed, static_argnums=(2, 3))
 def _activate_and_project(inputs_BTF: tuple[jax.Array, ...], down_FD: jax.Array, activation: str,
                           matmul: Matmul) -> jax.Array:
     """activation(inputs) W_down; of the inputs alone the derivative is told, what is between them is made again."""
-    return dense(made(_function(activation)(*map(made, inputs_BTF))), down_FD, matmul=matmul)
+    return dense(made(activation_function(activation)(*map(made, inputs_BTF))), down_FD, matmul=matmul)
 
 
 class MLP(nnx.Module):

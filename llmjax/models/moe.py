@@ -20,10 +20,9 @@ from flax import nnx
 
 from llmjax.core import collectives, exchange
 from llmjax.core.model_sections import ModelConfig
-from llmjax.kernels.grouped_matmul.api import grouped_matmul
-from llmjax.models.layers import GATED, MLP, activated
+from llmjax.models.experts import Experts, expert_width, permute
+from llmjax.models.layers import MLP
 from llmjax.models.noise import Noise
-from llmjax.models.param import output_init, param, weight
 from llmjax.models.router import Router, RouterSums, Routing
 
 
@@ -56,26 +55,11 @@ class MoE(nnx.Module):
         expert_M = routing.experts_NK.reshape(-1)
         order_M = jnp.argsort(expert_M, stable=True)
         back_M = jnp.argsort(order_M)
-        rows_MD = jnp.repeat(x_BTD.reshape(-1, D), K, axis=0)
-        rows_MD = _permute(rows_MD, order_M, back_M)
-        counts_E = jnp.bincount(expert_M, length=self.config.num_experts)
-        rows_MD = _permute(self._at_the_experts(rows_MD, counts_E), back_M, order_M)
-        out_ND = jnp.einsum("NKD,NK->ND", rows_MD.reshape(-1, K, D), routing.weights_NK)  # a float32 sum
-        return out_ND.astype(self.dtype).reshape(x_BTD.shape)
-
-    def _at_the_experts(self, rows_MD: jax.Array, counts_E: jax.Array) -> jax.Array:
-        """The experts' results for rows sorted by expert, wherever on the mesh these experts are."""
-        X = collectives.manual_size(exchange.AXIS)
-        if X == 1:
-            return self.experts(rows_MD, counts_E)
-        counts_XXL = exchange.everyone(counts_E).reshape(X, X, -1)  # by sender, receiver, the receiver's expert
-        counts_XX = jnp.sum(counts_XXL, axis=2)
-        received_RD = exchange.send(rows_MD, counts_XX)
-        mine_XL = counts_XXL[:, collectives.shard_index(exchange.AXIS)]
-        order_R = jnp.argsort(_expert_of_rows(mine_XL, num_rows=received_RD.shape[0]), stable=True)
-        back_R = jnp.argsort(order_R)
-        results_RD = self.experts(_permute(received_RD, order_R, back_R), jnp.sum(mine_XL, axis=0))
-        return exchange.send_back(_permute(results_RD, back_R, order_R), counts_XX)
+        rows_MD = permute(jnp.repeat(x_BTD.reshape(-1, D), K, axis=0), order_M, back_M)
+        share_M = permute(routing.weights_NK.reshape(-1), order_M, back_M)
+        results_MD = self.experts(rows_MD, share_M, jnp.bincount(expert_M, length=self.config.num_experts))
+        results_NKD = permute(results_MD, back_M, order_M).reshape(-1, K, D)
+        return jnp.sum(results_NKD, axis=1, dtype=jnp.float32).astype(self.dtype).reshape(x_BTD.shape)
 
     def _with_capacity(self, x_BTD: jax.Array, routing: Routing, *, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Also returns the dropped share of each real token's choices, summed over tokens.
@@ -102,47 +86,9 @@ class MoE(nnx.Module):
         slots_GLCD = exchange.swap_dims(slots_GECD, split_dim=1, concat_dim=0)
         slots_LGCD = slots_GLCD.swapaxes(0, 1)
         sizes_L = jnp.full(slots_LGCD.shape[0], slots_LGCD.shape[1] * slots_LGCD.shape[2], jnp.int32)
-        results_RD = self.experts(slots_LGCD.reshape(-1, slots_LGCD.shape[-1]), sizes_L)
+        rows_RD = slots_LGCD.reshape(-1, slots_LGCD.shape[-1])
+        results_RD = self.experts.of_this_shard(rows_RD, jnp.ones(rows_RD.shape[0]), sizes_L)
         return exchange.swap_dims(results_RD.reshape(slots_LGCD.shape).swapaxes(0, 1), split_dim=0, concat_dim=1)
-
-
-class Experts(nnx.Module):
-    """MLPs stacked by expert; under tensor parallelism what they return is this shard's part of the sum."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.config, self.dtype = config, config.compute_dtype
-        E, D, F = config.moe.num_experts, config.dim, expert_width(config)
-        init, dtype = nnx.initializers.normal(config.init_scale), config.param_dtype
-        self.inputs = ("gate", "up") if config.activation in GATED else ("up",)
-        for name in self.inputs:
-            setattr(self, name, param(rngs, (E, D, F), axes=("expert", "embed", "mlp"), init=init, dtype=dtype))
-        self.down = param(rngs, (E, F, D), axes=("expert", "mlp", "embed"), init=output_init(config), dtype=dtype)
-        if config.moe.bias == "all":
-            zeros = nnx.initializers.zeros
-            for name in self.inputs:
-                setattr(self, f"{name}_bias", param(rngs, (E, F), axes=("expert", "mlp"), init=zeros, dtype=dtype))
-            self.down_bias = param(rngs, (E, D), axes=("expert", "embed"), init=zeros, dtype=dtype)
-
-    def __call__(self, rows_RD: jax.Array, sizes_L: jax.Array) -> jax.Array:
-        """Rows sorted by expert, `sizes_L` of each."""
-        expert_R = _expert_of_rows(sizes_L[None], num_rows=rows_RD.shape[0])
-        inputs_RF = []
-        for name in self.inputs:
-            input_RF = grouped_matmul(rows_RD, weight(getattr(self, name), self.dtype), sizes_L)
-            if self.config.moe.bias == "all":
-                input_RF = input_RF + _of_rows(weight(getattr(self, f"{name}_bias"), self.dtype), expert_R)
-            inputs_RF.append(input_RF)
-        out_RD = grouped_matmul(activated(tuple(inputs_RF), self.config.activation), weight(self.down, self.dtype),
-                                sizes_L)
-        if self.config.moe.bias == "all":  # every shard of F adds its part of the one bias
-            bias_LD = weight(self.down_bias, self.dtype) / collectives.manual_size("tensor")
-            out_RD = out_RD + _of_rows(bias_LD, expert_R)
-        return out_RD
-
-
-def expert_width(config: ModelConfig) -> int:
-    """The inner width of an expert."""
-    return config.moe.expert_mlp_dim or config.mlp_dim
 
 
 def _enter(routing: Routing, *, num_rows: int) -> Routing:
@@ -168,26 +114,3 @@ def places(experts_GSK: jax.Array, real_GS: jax.Array, *, num_experts: int, capa
     place_GQ = jnp.where(jnp.any(queue_GQE, axis=2), place_GQ, capacity)
     place_GSK = place_GQ.reshape(G, K, S).swapaxes(1, 2)
     return (place_GSK[..., None] == jnp.arange(capacity)[None, None, None]).astype(jnp.float32)
-
-
-def _expert_of_rows(counts_XL: jax.Array, *, num_rows: int) -> jax.Array:
-    """The expert of each row, (R,), where pieces follow one another by sender and expert; L for rows beyond them."""
-    X, L = counts_XL.shape
-    end_P = jnp.cumsum(counts_XL.reshape(-1))
-    piece_R = jnp.sum(jnp.arange(num_rows)[:, None] >= end_P[None], axis=1)
-    return jnp.where(piece_R < X * L, piece_R % L, L)
-
-
-def _of_rows(bias_LF: jax.Array, expert_R: jax.Array) -> jax.Array:
-    return bias_LF.at[expert_R].get(mode="fill", fill_value=0)
-
-
-@jax.custom_vjp
-def _permute(rows_MD: jax.Array, order_M: jax.Array, back_M: jax.Array) -> jax.Array:
-    """Rows in another order; the derivative is a gather too, not the scatter that it would be left to itself."""
-    del back_M
-    return rows_MD[order_M]
-
-
-_permute.defvjp(lambda rows_MD, order_M, back_M: (rows_MD[order_M], back_M),
-                lambda back_M, grad_MD: (grad_MD[back_M], None, None))

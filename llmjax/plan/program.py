@@ -55,13 +55,16 @@ class Program:
     computations: dict[str, list[Instruction]]
 
     def trips(self, loop: Instruction) -> int:
-        """How often a loop runs: as it says, else the constant that its counter, from 0, is compared with."""
+        """How often a loop runs: as it says, else the constant that its counter, from 0, is compared with.
+
+        One that only the data bound takes further rounds of experts that are not balanced, and counts as none.
+        """
         pending, bounds = [loop.condition], [0]
         while pending:
             for instruction in self.computations.get(pending.pop(), ()):
                 bounds.append(_integer(_CONSTANT, instruction.text))
                 pending += instruction.called
-        return _integer(_TRIPS, loop.text) or max(bounds) or 1
+        return _integer(_TRIPS, loop.text) or max(bounds)
 
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
         """The instructions of the computations that one calls, and of those they call."""

@@ -18,6 +18,7 @@ from llmjax.core import collectives, tree
 from llmjax.core.mesh import BATCH_AXES, SEQUENCE_AXES, TOKEN_AXES, make_mesh
 from llmjax.core.model_sections import ModelConfig, MoEConfig
 from llmjax.core.sections import MeshConfig
+from llmjax.models import experts
 from llmjax.models.moe import MoE
 from llmjax.models.noise import Noise
 from llmjax.models.param import logical_axes
@@ -107,7 +108,7 @@ def naive(kind: str) -> np.ndarray:
     """Each token alone, each of its experts in turn."""
     config, params = config_of(kind).moe, jax.device_get(layer_of(kind).params)
     x_BTD, _, _ = arrays()
-    router, experts, out = params["router"], params["experts"], np.zeros_like(x_BTD)
+    router, stacked, out = params["router"], params["experts"], np.zeros_like(x_BTD)
     for place in np.ndindex(B, T):
         x = x_BTD[place]
         logits = x @ router["kernel"] + router.get("bias", 0.0)
@@ -119,14 +120,14 @@ def naive(kind: str) -> np.ndarray:
             wanted = np.where(np.isin(np.arange(E) // groups.shape[1], best), wanted, -np.inf)
         chosen = np.argsort(-wanted, kind="stable")[: config.top_k]
         for e in chosen:
-            gate = x @ experts["gate"][e] + experts.get("gate_bias", np.zeros((E, 1)))[e]
-            up = x @ experts["up"][e] + experts.get("up_bias", np.zeros((E, 1)))[e]
+            gate = x @ stacked["gate"][e] + stacked.get("gate_bias", np.zeros((E, 1)))[e]
+            up = x @ stacked["up"][e] + stacked.get("up_bias", np.zeros((E, 1)))[e]
             if kind == "learned bias":
                 gate, up = np.minimum(gate, 7.0), np.clip(up, -7.0, 7.0)
                 inner = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
             else:
                 inner = up * gate / (1 + np.exp(-gate))
-            down = inner @ experts["down"][e] + experts.get("down_bias", np.zeros((E, 1)))[e]
+            down = inner @ stacked["down"][e] + stacked.get("down_bias", np.zeros((E, 1)))[e]
             share = scores[e] / (scores[chosen].sum() if config.weights == "normalised" else 1.0)
             out[place] += share * config.scaling_factor * down
         if "shared" in params:
@@ -149,6 +150,18 @@ def test_outputs_equal_a_loop_over_tokens_and_experts(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "name"), [marked(kind, name) for kind in KINDS for name in MESHES])
 def test_expert_parallel_meshes_give_the_same_numbers(kind: str, name: str) -> None:
+    assert_as_on_one_device(kind, name)
+
+
+def test_rows_without_room_at_their_experts_come_in_further_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ninth of an even share at a time."""
+    monkeypatch.setattr(experts, "ROOM", 1 / 9)
+    monkeypatch.setattr(experts, "WHOLE_ROWS", 1)
+    assert experts.room_for(B * T * MOE.top_k, shards=4) == 29
+    assert_as_on_one_device("everything", "4")
+
+
+def assert_as_on_one_device(kind: str, name: str) -> None:
     size = MESHES[name].expert * MESHES[name].fsdp * MESHES[name].tensor
     sums, grads, out, dx = run(kind, make_mesh(MESHES[name], jax.devices()[:size]))
     wanted_sums, wanted_grads, wanted_out, wanted_dx = on_one_device(kind)
