@@ -50,7 +50,7 @@ def _rows_kernel(groups: Any, tiles: Any, start: Any, end: Any, count: Any, x: A
 
 
 def rows_times_weights(x_TI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, *, rows: int,
-                       order: Literal["IO", "OI"]) -> jax.Array:
+                       order: Literal["IO", "OI"], expected_rows: int) -> jax.Array:
     """(T, O); with order "OI" the weights are (E, O, I). Raises NotImplementedError where blocks do not fit."""
     (T, depth), E = x_TI.shape, w_EIO.shape[0]
     width = w_EIO.shape[2 if order == "IO" else 1]
@@ -75,7 +75,7 @@ def rows_times_weights(x_TI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, *,
         out_shape=jax.ShapeDtypeStruct((T, width), x_TI.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"),
                                              vmem_limit_bytes=vmem_bytes() * 15 // 16),
-        cost_estimate=_estimate(T, depth, width, E, x_TI.dtype.itemsize),
+        cost_estimate=_estimate(expected_rows, depth, width, E, x_TI.dtype.itemsize),
         name="grouped_matmul_rows",
     )(*steps.arrays(), x_TI, w_EIO)
 
@@ -115,7 +115,7 @@ def _weights_kernel(groups: Any, tiles: Any, start: Any, end: Any, count: Any, x
 
 
 def weights_derivative(x_TI: jax.Array, dy_TO: jax.Array, sizes_E: jax.Array, *, rows: int,
-                       dtype: Any) -> jax.Array:
+                       dtype: Any, expected_rows: int) -> jax.Array:
     """x^T dy of each group, (E, I, O), summed in float32."""
     (T, I), O, E = x_TI.shape, dy_TO.shape[1], sizes_E.shape[0]  # noqa: E741
     steps = make_steps(sizes_E, num_rows=T, rows=rows, visit_empty=True)
@@ -135,7 +135,7 @@ def weights_derivative(x_TI: jax.Array, dy_TO: jax.Array, sizes_E: jax.Array, *,
         out_shape=jax.ShapeDtypeStruct((E, I, O), dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"),
                                              vmem_limit_bytes=vmem_bytes() * 15 // 16),
-        cost_estimate=_estimate(T, I, O, E, x_TI.dtype.itemsize),
+        cost_estimate=_estimate(expected_rows, I, O, E, x_TI.dtype.itemsize),
         name="grouped_matmul_weights",
     )(*steps.arrays(), x_TI, dy_TO)
 

@@ -101,9 +101,10 @@ _permute.defvjp(lambda rows_MD, order_M, back_M: (rows_MD[order_M], back_M),
                 lambda back_M, grad_MD: (grad_MD[back_M], None, None))
 
 
-def _mlps(weights: Weights, rows_RD: jax.Array, share_R: jax.Array, sizes_L: jax.Array, *,
-          activation: str) -> jax.Array:
+def _mlps(weights: Weights, rows_RD: jax.Array, share_R: jax.Array, sizes_L: jax.Array, *, activation: str,
+          expected_rows: int | None = None) -> jax.Array:
     """`share_R` of what each row's MLP gives: the hidden units are scaled, so the derivative needs no result."""
+    multiply = functools.partial(grouped_matmul, expected_rows=expected_rows)
     expert_R = _expert_of_rows(sizes_L[None], num_rows=rows_RD.shape[0]) if "down_bias" in weights else None
 
     def biased(out: jax.Array, name: str, share_R: jax.Array | None = None) -> jax.Array:
@@ -112,10 +113,10 @@ def _mlps(weights: Weights, rows_RD: jax.Array, share_R: jax.Array, sizes_L: jax
         bias = weights[f"{name}_bias"].at[expert_R].get(mode="fill", fill_value=0)
         return out + (bias if share_R is None else (bias * share_R[:, None]).astype(bias.dtype))
 
-    inputs_RF = tuple(biased(grouped_matmul(rows_RD, weights[name], sizes_L), name)
+    inputs_RF = tuple(biased(multiply(rows_RD, weights[name], sizes_L), name)
                       for name in ("gate", "up") if name in weights)  # fmt: skip
     hidden_RF = _shared_out(inputs_RF, share_R, activation)
-    return biased(grouped_matmul(hidden_RF, weights["down"], sizes_L), "down", share_R)
+    return biased(multiply(hidden_RF, weights["down"], sizes_L), "down", share_R)
 
 
 @functools.partial(recomputed, static_argnums=2)
@@ -152,7 +153,7 @@ def _round(number: jax.Array | int, operands: Operands, counts_XXL: jax.Array, *
         return permute(exchange.send(rows, pieces, room), order_R, back_R)
 
     results_RD = _mlps(weights, at_the_experts(rows_MD), at_the_experts(share_M1)[:, 0], jnp.sum(received_XL, axis=0),
-                       activation=activation)
+                       activation=activation, expected_rows=rows_MD.shape[0])
     return exchange.send(permute(results_RD, back_R, order_R), pieces.back(), rows_MD.shape[0])
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 
@@ -217,12 +218,15 @@ class StaticKernels:
 
 
 def occupancy(instruction: Instruction) -> bundles.Occupancy:
-    """How full an attention kernel's grid of tiles is, for one document a row; other kernels are full.
+    """How full a kernel's grid of tiles is, attention's for one document a row, experts' for an even load.
 
-    Ours says so by the FLOPs it declares, jax's causal ones by the size of their table of tiles.
+    Ours say so by the FLOPs they declare, jax's causal ones by the size of their table of tiles.
     """
     if "attention_forward" in instruction.name or "attention_backward" in instruction.name:
         return _attention_occupancy(instruction)
+    if "grouped_matmul" in instruction.name:
+        share = kernel_flops(instruction) / _grouped_flops(instruction)
+        return bundles.Occupancy(live=share, edge=1 - share)
     tables = [dims for dtype, dims in _operands(instruction) if dtype == "s8" and len(dims) == 3]
     num_tiles = max((max(dims[1:]) for dims in tables), default=1)
     return bundles.Occupancy(live=(num_tiles + 1) / (2 * num_tiles), edge=1 / num_tiles)
@@ -247,6 +251,13 @@ def _attention_occupancy(instruction: Instruction) -> bundles.Occupancy:
     if backward:
         return bundles.Occupancy(edge=1 / (G * num_rows), trips=(2 * pairs, masked))
     return bundles.Occupancy(trips=(pairs, masked))
+
+
+def _grouped_flops(instruction: Instruction) -> float:
+    """FLOPs of a grouped matmul whose rows are all some group's: (T, I) with (E, I, O), or with (T, O)."""
+    arrays = [dims for dtype, dims in _operands(instruction) if dtype in ("bf16", "f32") and len(dims) > 1]
+    (T, I), other = next(dims for dims in arrays if len(dims) == 2), arrays[-1]  # noqa: E741
+    return 2.0 * T * (math.prod(other[1:]) if len(other) == 3 else I * other[1])
 
 
 def kernel_flops(instruction: Instruction) -> float:

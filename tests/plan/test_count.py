@@ -247,6 +247,17 @@ FORWARD = dataclasses.replace(
          'bf16[2,4096,128]{2,1,0}}, metadata={}, backend_config={"cost_estimate":{"flops":"8589934592"}}')  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "operands"), [
+    ("grouped_matmul_rows.3", "bf16[6144,256]{1,0}, bf16[4,256,512]{2,1,0}"),
+    ("grouped_matmul_weights.1", "bf16[6144,256]{1,0}, bf16[6144,512]{1,0}")])  # fmt: skip
+def test_rows_of_experts_by_the_flops_they_declare(name: str, operands: str) -> None:
+    """Room for 6,144 rows, of which an even load fills 4,096."""
+    text = (f'custom_call_target="tpu_custom_call", operand_layout_constraints={{s32[16]{{0}}, {operands}}}, '
+            f'metadata={{}}, backend_config={{"cost_estimate":{{"flops":"{2 * 4096 * 256 * 512}"}}}}')
+    found = count.occupancy(dataclasses.replace(KERNEL, name=name, text=text))
+    assert (found.live, found.edge) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+
+
 def test_tiles_of_our_attention_by_the_flops_it_declares() -> None:
     """Eight blocks of queries with 1 to 8 tiles: pairs without a mask, and one or two with one."""
     causal = count.occupancy(FORWARD)
