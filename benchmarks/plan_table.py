@@ -8,9 +8,10 @@ plan_table.txt is what it printed last.
 Every figure is an estimate of the TPU compiler; nothing ran on a chip. MaxText's rows (August 2026, pure FSDP, splash
 attention, AdamW in float32, bfloat16 compute, libtpu 0.0.42.1, the same as ours) were counted from its scheduled
 program: estimated_cycles times loop trips at the chip's clock, splash attention by its static cycles as ours is,
-synchronous collectives exposed. Its communication was counted over all links of a chip at once, as for groups that span
-the whole slice; v6e's 8x8 does not close into rings and has half of them, so that row's is doubled. What waits in host
-memory ("offload", a block's input: 134 MB a layer of 8B) travels beside the computation; the way there is not counted.
+grouped matmuls at megablox's best rate, synchronous collectives exposed. Its communication was counted over all links
+of a chip at once, as for groups that span the whole slice; v6e's 8x8 does not close into rings and has half of them, so
+that row's is doubled. What waits in host memory ("offload", a block's input: 134 MB a layer of 8B) travels beside the
+computation; the way there is not counted.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "runs" / "plan_table"
 # Splash's static seconds for two heads of 128 on 8,192 tokens in this libtpu: forward, and both backward kernels.
 SPLASH = {"v5p": (114e-6, 363e-6 + 271e-6), "v6e": (160e-6, 216e-6 + 181e-6)}
+SPLASH_4K = (32.9e-6, 102e-6 + 76e-6)  # the same on v5p for 4,096 tokens
+MEGABLOX_RATE = 0.79 * 459e12  # FLOP/s on v5p of its best tiles on Mixtral's shape
 REMATS = ("full", "save_matmuls", "none", "offload")
 
 
@@ -39,6 +42,7 @@ class Peer:
     batch_size: int
     gigabytes: float  # argument + temp, a chip
     seconds: float  # compute + exposed communication, attention included
+    overrides: tuple[str, ...] = ()  # of our recipe, beside the batch
 
 
 def attention_seconds(chip: str, *, layers: int, heads: int) -> float:
@@ -50,6 +54,7 @@ def attention_seconds(chip: str, *, layers: int, heads: int) -> float:
 ATTENTION_8B = attention_seconds("v5p", layers=32, heads=32)
 ATTENTION_8B_V6E = attention_seconds("v6e", layers=32, heads=32)
 ATTENTION_70B = attention_seconds("v5p", layers=80, heads=64)
+ATTENTION_MIXTRAL = 2 * 32 * 32 * (2 * SPLASH_4K[0] + SPLASH_4K[1])  # four rows
 # Compute and communication as counted, and attention; at 50 to 70 % of peak for the latter, which splash does not
 # reach, the first row would be 3.47 to 3.75 s.
 PEERS = (
@@ -61,6 +66,9 @@ PEERS = (
          2.771 + 0.059 + ATTENTION_8B),
     Peer("8B, 64 v6e, 2 x 8192", "llama3_8b", "v6e:8x8", 128, 1.51 + 15.68, 2.195 + 2 * 0.168 + ATTENTION_8B_V6E),
     Peer("70B, 128 v5p, 2 x 8192", "llama3_70b", "v5p:4x4x8", 256, 6.63 + 50.67, 23.76 + 1.03 + ATTENTION_70B),
+    Peer("Mixtral 8x7B, 64 v5p, 4 x 4096", "mixtral_8x7b", "v5p:4x4x4", 256, 8.76 + 24.19,
+         1.763 + 1478e12 / MEGABLOX_RATE + 0.695 + ATTENTION_MIXTRAL,
+         overrides=("data.seq_len=4096", "mesh.fsdp=8", "mesh.expert=8")),
 )  # fmt: skip
 
 
@@ -97,6 +105,7 @@ def compile_point(peer: Peer, remat: str, accumulation: int) -> None:
     command = [sys.executable, "-m", "llmjax.cli", "plan", f"--config={ROOT / 'configs' / peer.recipe}.py",
                f"--topology={peer.topology}", f"--config.data.batch_size={peer.batch_size}",
                f"--config.train.remat={remat}", f"--config.train.accumulation={accumulation}",
+               *(f"--config.{change}" for change in peer.overrides),
                f"--workdir={RESULTS / path.stem}", f"--json={path}"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:

@@ -28,6 +28,7 @@ from llmjax.train.batch import batch_specs, put_batch
 from llmjax.train.build import build_training
 from llmjax.train.gradients import leaf_specs
 from llmjax.train.state import TrainState
+from llmjax.train.step import jit_step
 
 TAIL_SHARE = 0.2  # of the steps, whose mean is a run's final loss: a single step is noise
 
@@ -96,7 +97,7 @@ class _Trainer:
     def __init__(self, config: Config):
         self.config, self.model, self.mesh = config, decoder.abstract_model(config.model), single_device_mesh()
         training = build_training(config, self.model, pretrain.make_loss(config.task))
-        self.init, self.step = training.init, jax.jit(training.step, donate_argnums=0)
+        self.init, self.step = training.init, jit_step(training.step, self.mesh)
 
     def fresh(self, *, seed: int) -> TrainState:
         """The state before the first step."""

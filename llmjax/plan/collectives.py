@@ -55,7 +55,13 @@ class Wires:
         self._slices = _slices(mesh)
 
     def transfer(self, instruction: Instruction, program: Program) -> Transfer | None:
-        """What an instruction moves, itself or in the computation that it calls; None for one that moves nothing."""
+        """What an instruction moves, itself or in the computation that it calls; None for one that moves nothing.
+
+        A matmul that goes on beside a collective (XLA:TPU's asynchronous collective fusion) names it a second time: it
+        is its start that moves something.
+        """
+        if any(name.startswith("async_collective_fusion") for name in instruction.called):
+            return None
         if instruction.opcode == "send" and (across := _ACROSS_SLICES.search(instruction.text)):
             sent, kind = _arrays(instruction.type)[:1], across[1].lower().replace("_", "-")
             return Transfer(kind, self._axes(zip(*self._slices, strict=True)), _dtype(sent), sum(_sizes(sent)), 0.0)

@@ -19,6 +19,7 @@ from llmjax.plan.topology import Topology
 from llmjax.train.batch import batch_specs
 from llmjax.train.build import build_training
 from llmjax.train.pretrain import make_loss
+from llmjax.train.step import jit_step
 
 INTEGERS = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT", "token_ids_BT")
 
@@ -57,7 +58,7 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
     begin = time.perf_counter()
     with jax.set_mesh(mesh):
         step, arguments = abstract_step(config, mesh)
-        lowered = jax.jit(step, donate_argnums=0).lower(*arguments)
+        lowered = jit_step(step, mesh).lower(*arguments)
         middle = time.perf_counter()
         try:
             executable = lowered.compile()

@@ -38,6 +38,7 @@ from llmjax.train.gradients import make_loss_and_grad
 from llmjax.train.guard import Guard, Trouble
 from llmjax.train.reporter import Profiler, Reporter
 from llmjax.train.state import TrainState
+from llmjax.train.step import jit_step
 from llmjax.train.watchdog import Watchdog
 
 
@@ -73,7 +74,7 @@ def start(run: Run) -> TrainState:
 
 def compile_step(run: Run) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step of a run, its state donated."""
-    return jax.jit(build_training(run.config, run.model, run.task.loss).step, donate_argnums=0)
+    return jit_step(build_training(run.config, run.model, run.task.loss).step, run.mesh)
 
 
 def steps_of(run: Run) -> Callable[[int], Callable[..., tuple[TrainState, dict[str, jax.Array]]]]:

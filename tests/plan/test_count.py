@@ -76,6 +76,30 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 }
 """
 
+# A gather that the TPU compiler starts, works beside and ends in three fusions, each of which names it.
+FUSED = """HloModule step
+
+%gather (a: bf16[2,500]) -> bf16[8,500] {
+  %a = bf16[2,500]{1,0} parameter(0)
+  ROOT %g = bf16[8,500]{1,0} all-gather(%a), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%async_collective_fusion.7 (a: bf16[2,500]) -> bf16[8,500] {
+  %a = bf16[2,500]{1,0} parameter(0)
+  ROOT %g = bf16[8,500]{1,0} all-gather(%a), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = bf16[2,500]{1,0} parameter(0)
+  %async-collective-start = (bf16[2,500]{1,0}, bf16[8,500]{1,0}) fusion(%x), kind=kCustom, calls=%gather
+  %buffer = bf16[8,500]{1,0} get-tuple-element(%async-collective-start), index=1
+  %work = (f32[8]{0}, bf16[8,500]{1,0}) fusion(%buffer), kind=kOutput, calls=%async_collective_fusion.7,
+      backend_config={"estimated_cycles":"2"}
+  %going = bf16[8,500]{1,0} get-tuple-element(%work), index=1
+  %async-collective-done = bf16[8,500]{1,0} fusion(%going), kind=kCustom, calls=%gather
+  ROOT %more = f32[8]{0} fusion(%async-collective-done), kind=kLoop, backend_config={"estimated_cycles":"4"}
+}
+"""
 
 # What the compiler makes of two slices is the program of one: groups count its own devices.
 TWO_SLICES = """HloModule step
@@ -175,6 +199,15 @@ def test_what_the_schedule_covers_is_not_exposed(wraps: bool, exposed: float) ->
     assert counted.compute_seconds == 9.0 and counted.seconds == pytest.approx(9.0 + exposed)
     assert {op.name: op.seconds for op in counted.ops} == {
         "update and the rest: matmul": 5.0, "update and the rest: elementwise and copies": 4.0}  # fmt: skip
+
+
+def test_a_gather_in_three_fusions_moves_once() -> None:
+    """3 s on the wire, 2 s of work beside it."""
+    counted = count_step(program.parse(FUSED), row_of_four(True, link_bandwidth=1000.0), clock=1.0,
+                         kernel_seconds=no_kernels)  # fmt: skip
+    (gather,) = counted.collectives
+    assert (gather.count, gather.asynchronous, gather.seconds, gather.exposed_seconds) == (1, True, 3.0, 1.0)
+    assert counted.compute_seconds == 6.0
 
 
 def test_a_program_of_the_tpu_compiler() -> None:
