@@ -20,6 +20,7 @@ from llmjax.core import collectives
 from llmjax.core.mesh import for_tpu
 
 AXIS = "expert"
+LANES = collectives.LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +65,14 @@ def starts(sizes: jax.Array, *, axis: int) -> jax.Array:
 
 def _ragged(rows_MD: jax.Array, pieces: Pieces, num_rows: int) -> jax.Array:
     """The rows that come to this shard where they land, zeros elsewhere: (`num_rows`, D)."""
-    shard = lax.axis_index(AXIS)
-    empty = jnp.zeros((num_rows, rows_MD.shape[1]), rows_MD.dtype)
-    if for_tpu():
-        return lax.ragged_all_to_all(
-            rows_MD, empty, pieces.sent_from_XX[shard], pieces.sizes_XX[shard], pieces.lands_at_XX[shard],
-            pieces.sizes_XX[:, shard], axis_name=AXIS)
-    return _ragged_by_gather(rows_MD, empty, pieces, shard)
+    shard, D = lax.axis_index(AXIS), rows_MD.shape[1]
+    if not for_tpu():
+        return _ragged_by_gather(rows_MD, jnp.zeros((num_rows, D), rows_MD.dtype), pieces, shard)
+    tiles = (D // LANES, LANES) if D % LANES == 0 else (D,)  # left to itself, XLA fills two of a tile's eight rows
+    received = lax.ragged_all_to_all(
+        rows_MD.reshape(-1, *tiles), jnp.zeros((num_rows, *tiles), rows_MD.dtype), pieces.sent_from_XX[shard],
+        pieces.sizes_XX[shard], pieces.lands_at_XX[shard], pieces.sizes_XX[:, shard], axis_name=AXIS)
+    return received.reshape(num_rows, D)
 
 
 def _ragged_by_gather(rows_MD: jax.Array, empty: jax.Array, pieces: Pieces, shard: jax.Array) -> jax.Array:

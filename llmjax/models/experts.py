@@ -86,19 +86,37 @@ def room_for(num_rows: int, *, shards: int) -> int:
     return min(shards * num_rows, math.ceil(ROOM * num_rows / WHOLE_ROWS) * WHOLE_ROWS)
 
 
+@jax.custom_vjp
 def permute(rows_MD: jax.Array, order_M: jax.Array, back_M: jax.Array) -> jax.Array:
     """Rows in another order; the derivative is a gather too, not the scatter that it would be left to itself."""
-    return _permute(rows_MD, order_M, back_M)
-
-
-@jax.custom_vjp
-def _permute(rows_MD: jax.Array, order_M: jax.Array, back_M: jax.Array) -> jax.Array:
     del back_M
     return rows_MD[order_M]
 
 
-_permute.defvjp(lambda rows_MD, order_M, back_M: (rows_MD[order_M], back_M),
-                lambda back_M, grad_MD: (grad_MD[back_M], None, None))
+permute.defvjp(lambda rows_MD, order_M, back_M: (rows_MD[order_M], back_M),
+               lambda back_M, grad_MD: (grad_MD[back_M], None, None))
+
+
+@jax.custom_vjp
+def spread(x_ND: jax.Array, order_M: jax.Array, back_M: jax.Array) -> jax.Array:
+    """A row for every choice of every token, sorted: (M, D), M a multiple of N, all first choices before the second."""
+    del back_M
+    return x_ND[order_M % x_ND.shape[0]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def summed_up(rows_MD: jax.Array, order_M: jax.Array, back_M: jax.Array, num_choices: int) -> jax.Array:
+    """The way back: the sum over choices, in float32, of what each token's rows became, (N, D)."""
+    del order_M
+    rows_KND = rows_MD[back_M].reshape(num_choices, -1, rows_MD.shape[-1])
+    return jnp.sum(rows_KND, axis=0, dtype=jnp.float32).astype(rows_MD.dtype)
+
+
+spread.defvjp(lambda x_ND, order_M, back_M: (spread(x_ND, order_M, back_M), (order_M, back_M, x_ND.shape[0])),
+              lambda left, grad_MD: (summed_up(grad_MD, *left[:2], len(left[0]) // left[2]), None, None))
+summed_up.defvjp(lambda rows_MD, order_M, back_M, num_choices: (
+                     summed_up(rows_MD, order_M, back_M, num_choices), (order_M, back_M)),
+                 lambda num_choices, left, grad_ND: (spread(grad_ND, *left), None, None))  # fmt: skip
 
 
 def _mlps(weights: Weights, rows_RD: jax.Array, share_R: jax.Array, sizes_L: jax.Array, *, activation: str,

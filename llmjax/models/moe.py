@@ -20,7 +20,7 @@ from flax import nnx
 
 from llmjax.core import collectives, exchange
 from llmjax.core.model_sections import ModelConfig
-from llmjax.models.experts import Experts, expert_width, permute
+from llmjax.models.experts import Experts, expert_width, permute, spread, summed_up
 from llmjax.models.layers import MLP
 from llmjax.models.noise import Noise
 from llmjax.models.router import Router, RouterSums, Routing
@@ -51,15 +51,14 @@ class MoE(nnx.Module):
         return self.shared.whole(collectives.leave_tensor(out_BTD + self.shared.part(inner_BTD))), routing.sums
 
     def _dropless(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
-        K, D = self.config.top_k, x_BTD.shape[-1]
-        expert_M = routing.experts_NK.reshape(-1)
+        """Rows stand by choice first and token second, so that a sum over choices adds up whole arrays."""
+        expert_M = routing.experts_NK.T.reshape(-1)
         order_M = jnp.argsort(expert_M, stable=True)
         back_M = jnp.argsort(order_M)
-        rows_MD = permute(jnp.repeat(x_BTD.reshape(-1, D), K, axis=0), order_M, back_M)
-        share_M = permute(routing.weights_NK.reshape(-1), order_M, back_M)
+        rows_MD = spread(x_BTD.reshape(-1, x_BTD.shape[-1]), order_M, back_M)
+        share_M = permute(routing.weights_NK.T.reshape(-1), order_M, back_M)
         results_MD = self.experts(rows_MD, share_M, jnp.bincount(expert_M, length=self.config.num_experts))
-        results_NKD = permute(results_MD, back_M, order_M).reshape(-1, K, D)
-        return jnp.sum(results_NKD, axis=1, dtype=jnp.float32).astype(self.dtype).reshape(x_BTD.shape)
+        return summed_up(results_MD, order_M, back_M, self.config.top_k).reshape(x_BTD.shape)
 
     def _with_capacity(self, x_BTD: jax.Array, routing: Routing, *, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Also returns the dropped share of each real token's choices, summed over tokens.
