@@ -97,10 +97,10 @@ permute.defvjp(lambda rows_MD, order_M, back_M: (rows_MD[order_M], back_M),
                lambda back_M, grad_MD: (grad_MD[back_M], None, None))
 
 
-@jax.custom_vjp
-def spread(x_ND: jax.Array, order_M: jax.Array, back_M: jax.Array) -> jax.Array:
-    """A row for every choice of every token, sorted: (M, D), M a multiple of N, all first choices before the second."""
-    del back_M
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def spread(x_ND: jax.Array, order_M: jax.Array, back_M: jax.Array, num_choices: int) -> jax.Array:
+    """A row for each of every token's choices, all first ones before the second, sorted: (M, D)."""
+    del back_M, num_choices
     return x_ND[order_M % x_ND.shape[0]]
 
 
@@ -112,11 +112,10 @@ def summed_up(rows_MD: jax.Array, order_M: jax.Array, back_M: jax.Array, num_cho
     return jnp.sum(rows_KND, axis=0, dtype=jnp.float32).astype(rows_MD.dtype)
 
 
-spread.defvjp(lambda x_ND, order_M, back_M: (spread(x_ND, order_M, back_M), (order_M, back_M, x_ND.shape[0])),
-              lambda left, grad_MD: (summed_up(grad_MD, *left[:2], len(left[0]) // left[2]), None, None))
-summed_up.defvjp(lambda rows_MD, order_M, back_M, num_choices: (
-                     summed_up(rows_MD, order_M, back_M, num_choices), (order_M, back_M)),
-                 lambda num_choices, left, grad_ND: (spread(grad_ND, *left), None, None))  # fmt: skip
+spread.defvjp(lambda x, order, back, choices: (spread(x, order, back, choices), (order, back)),
+              lambda choices, left, grad: (summed_up(grad, *left, choices), None, None))
+summed_up.defvjp(lambda rows, order, back, choices: (summed_up(rows, order, back, choices), (order, back)),
+                 lambda choices, left, grad: (spread(grad, *left, choices), None, None))
 
 
 def _mlps(weights: Weights, rows_RD: jax.Array, share_R: jax.Array, sizes_L: jax.Array, *, activation: str,

@@ -52,13 +52,13 @@ class MoE(nnx.Module):
 
     def _dropless(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
         """Rows stand by choice first and token second, so that a sum over choices adds up whole arrays."""
-        expert_M = routing.experts_NK.T.reshape(-1)
+        K, expert_M = self.config.top_k, routing.experts_NK.T.reshape(-1)
         order_M = jnp.argsort(expert_M, stable=True)
         back_M = jnp.argsort(order_M)
-        rows_MD = spread(x_BTD.reshape(-1, x_BTD.shape[-1]), order_M, back_M)
+        rows_MD = spread(x_BTD.reshape(-1, x_BTD.shape[-1]), order_M, back_M, K)
         share_M = permute(routing.weights_NK.T.reshape(-1), order_M, back_M)
         results_MD = self.experts(rows_MD, share_M, jnp.bincount(expert_M, length=self.config.num_experts))
-        return summed_up(results_MD, order_M, back_M, self.config.top_k).reshape(x_BTD.shape)
+        return summed_up(results_MD, order_M, back_M, K).reshape(x_BTD.shape)
 
     def _with_capacity(self, x_BTD: jax.Array, routing: Routing, *, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Also returns the dropped share of each real token's choices, summed over tokens.
