@@ -49,6 +49,12 @@ def sum_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     return lax.psum(x, present) if present else x
 
 
+def max_within_slice(x: jax.Array) -> jax.Array:
+    """The largest value on any device of a slice, for what all of them have to do alike; not differentiable."""
+    present = split_axes([axis for axis in SHARE_AXES if axis != "slice"])
+    return lax.pmax(x, present) if present else x
+
+
 def scatter_gradient(grad: jax.Array, spec: PartitionSpec, *, wanted: PartitionSpec) -> jax.Array:
     """Sum a gradient over the axes of its `wanted` layout that its parameter's lacks, each device keeping its share.
 

@@ -59,8 +59,9 @@ class Experts(nnx.Module):
         counts_XXL = exchange.everyone(counts_E).reshape(X, X, -1)  # by sender, receiver, the receiver's expert
         room = room_for(rows_MD.shape[0], shards=X)
         one_round = functools.partial(_round, room=room, activation=self.activation)
-        num_rounds = -(-jnp.max(jnp.sum(counts_XXL, axis=(0, 2))) // room)
-        return _in_rounds(one_round, (self._weights(), rows_MD, share_M[:, None]), counts_XXL, num_rounds)
+        needed = -(-jnp.max(jnp.sum(counts_XXL, axis=(0, 2))) // room)
+        return _in_rounds(one_round, (self._weights(), rows_MD, share_M[:, None]), counts_XXL,
+                          collectives.max_within_slice(needed))
 
     def of_this_shard(self, rows_RD: jax.Array, share_R: jax.Array, sizes_L: jax.Array) -> jax.Array:
         """The same for rows that are where their experts are."""
