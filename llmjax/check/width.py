@@ -97,7 +97,7 @@ class _Trainer:
     def __init__(self, config: Config):
         self.config, self.model, self.mesh = config, decoder.abstract_model(config.model), single_device_mesh()
         training = build_training(config, self.model, pretrain.make_loss(config.task))
-        self.init, self.step = training.init, jit_step(training.step, self.mesh)
+        self.init, self.step = training.init, jit_step(training.step, self.mesh, config.train)
 
     def fresh(self, *, seed: int) -> TrainState:
         """The state before the first step."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from llmjax.core import model_rules, objective_rules, optim_rules
+from llmjax.core import compiler_options, model_rules, objective_rules, optim_rules
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.files import write_json
 from llmjax.core.model_sections import ModelConfig
@@ -366,6 +366,7 @@ def _check_sizes(config: Config) -> None:
     if config.model.moe.capacity_factor and (size := config.model.moe.group_size):
         check_multiple("data.seq_len", config.data.seq_len, "model.moe.group_size", size)
     check_multiple("data.batch_size", config.data.batch_size, "train.accumulation", config.train.accumulation)
+    compiler_options.parse(config.train.compiler_options)
     for path in ("data.seq_len", "eval.seq_len"):
         if _get(config, path) > config.model.max_seq_len:
             raise ConfigError(f"{path}={_get(config, path)}: at most model.max_seq_len={config.model.max_seq_len} fits")

@@ -145,6 +145,7 @@ class TrainConfig:
     layers: Literal["scanned", "unrolled"] = "scanned"  # unrolled: longer to compile; weights are stacked either way
     remat: Literal["none", "full", "save_matmuls", "save_names", "offload"] = "none"  # what waits for the derivative
     remat_names: str = "block_input"  # comma-separated; what `save_names` keeps and `offload` moves to host memory
+    compiler_options: str = ""  # of the step on TPUs: name=value,name=value as XLA:TPU knows them
     seed: int = 0
     init_from: str = ""  # workdir (or import-hf output) whose weights to start from
     log_every: int = 10

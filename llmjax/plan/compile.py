@@ -58,11 +58,13 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
     begin = time.perf_counter()
     with jax.set_mesh(mesh):
         step, arguments = abstract_step(config, mesh)
-        lowered = jit_step(step, mesh).lower(*arguments)
+        lowered = jit_step(step, mesh, config.train).lower(*arguments)
         middle = time.perf_counter()
         try:
             executable = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
+            if config.train.compiler_options and str(error).startswith(("INVALID_ARGUMENT", "FAILED_PRECONDITION")):
+                raise ConfigError(f"train.compiler_options: the TPU compiler says {error}") from error
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise RunError(_out_of_memory(str(error), topology)) from error

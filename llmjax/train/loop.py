@@ -74,7 +74,7 @@ def start(run: Run) -> TrainState:
 
 def compile_step(run: Run) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step of a run, its state donated."""
-    return jit_step(build_training(run.config, run.model, run.task.loss).step, run.mesh)
+    return jit_step(build_training(run.config, run.model, run.task.loss).step, run.mesh, run.config.train)
 
 
 def steps_of(run: Run) -> Callable[[int], Callable[..., tuple[TrainState, dict[str, jax.Array]]]]:

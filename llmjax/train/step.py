@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from llmjax.core.sections import GuardConfig
+from llmjax.core import compiler_options
+from llmjax.core.sections import GuardConfig, TrainConfig
 from llmjax.core.task import LossFn, LossOutput, Params
 from llmjax.optim.build import clip_by_global_norm
 from llmjax.optim.precision import round_like
@@ -27,12 +28,6 @@ from llmjax.train.monitors import group_norms
 from llmjax.train.state import Placement, TrainState, averaged, fetch, place, put_away
 
 ROUNDING_STREAM = 1 << 20  # of a step's randomness, beside those that the model draws from
-
-# Of XLA:TPU: a weight is gathered beside the matmuls before it (of 450 gathers of a step of Llama 3.1 8B, 384 are).
-TPU_OPTIONS = dict.fromkeys((
-    "xla_enable_async_all_gather", "xla_tpu_enable_async_collective_fusion",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather", "xla_tpu_enable_async_collective_fusion_multiple_steps",
-    "xla_tpu_overlap_compute_collective_tc"), True)  # fmt: skip
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[[TrainState, Params, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
@@ -70,10 +65,11 @@ def make_train_step(model: Any, loss: LossFn, optimizer: optax.GradientTransform
     return train_step
 
 
-def jit_step(step: StepFn, mesh: Mesh) -> Any:
+def jit_step(step: StepFn, mesh: Mesh, config: TrainConfig) -> Any:
     """The step for a mesh under which it is to be called, compiled when it is, its state donated."""
     on_tpu = mesh.devices.flat[0].platform == "tpu"
-    return jax.jit(step, donate_argnums=0, compiler_options=TPU_OPTIONS if on_tpu else None)
+    options = compiler_options.parse(config.compiler_options) if on_tpu else {}
+    return jax.jit(step, donate_argnums=0, compiler_options=options or None)
 
 
 def make_gradients(model: Any, loss: LossFn, *, settings: StepSettings) -> GradientFn:

@@ -102,8 +102,3 @@ def test_llama3_8b_compiles_for_64_chips_of_v5p(tmp_path: Path) -> None:
     assert moved["reduce-scatter", "fsdp", "f32"] == pytest.approx(4 * 8_030_261_248, rel=0.01)
     assert moved["reduce-scatter", "fsdp_y", "f32"] == pytest.approx(8_030_261_248, rel=0.01)
     assert sum(size for (kind, _, _), size in moved.items() if kind == "all-reduce") < 1e9
-    # Weights are gathered beside matmuls, all but those before the first of a layer and the two tables.
-    gathers = [one for one in result["collectives"] if one["kind"] == "all-gather"]
-    beside = sum(one["bytes"] for one in gathers if one["asynchronous"])
-    assert beside > 0.9 * sum(one["bytes"] for one in gathers)
-    assert sum(one["exposed_seconds"] for one in gathers) < 0.15 * sum(one["seconds"] for one in gathers)
