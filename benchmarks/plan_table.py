@@ -12,6 +12,9 @@ grouped matmuls at megablox's best rate, synchronous collectives exposed. Its co
 of a chip at once, as for groups that span the whole slice; v6e's 8x8 does not close into rings and has half of them, so
 that row's is doubled. What waits in host memory ("offload", a block's input: 134 MB a layer of 8B) travels beside the
 computation; the way there is not counted.
+
+Points "overlapped" were compiled with the options below, under which weights are gathered in fusions with the matmuls
+before them. They are no default of ours: libtpu 0.0.50 refuses them on all chips but v5e, for wrong results and hangs.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ RESULTS = ROOT / "runs" / "plan_table"
 SPLASH = {"v5p": (114e-6, 363e-6 + 271e-6), "v6e": (160e-6, 216e-6 + 181e-6)}
 SPLASH_4K = (32.9e-6, 102e-6 + 76e-6)  # the same on v5p for 4,096 tokens
 MEGABLOX_RATE = 0.79 * 459e12  # FLOP/s on v5p of its best tiles on Mixtral's shape
+OVERLAP = ("xla_enable_async_all_gather", "xla_tpu_enable_async_collective_fusion",
+           "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+           "xla_tpu_enable_async_collective_fusion_multiple_steps", "xla_tpu_overlap_compute_collective_tc")
 REMATS = ("full", "save_matmuls", "none", "offload")
 
 
@@ -81,6 +87,7 @@ class Point:
     batch_size: int
     remat: str
     accumulation: int
+    overlapped: bool
     gigabytes: float
     seconds: float
 
@@ -92,20 +99,23 @@ def points() -> list[Point]:
         plan = json.loads(path.read_text(encoding="utf-8"))
         recipe, _, rows = path.stem.partition(".")[0].rpartition("_b")
         found.append(Point(recipe, plan["topology"], int(rows), plan["remat"], plan["accumulation"],
-                           plan["hbm_bytes_per_chip"]["total"] / 1e9, plan["step_seconds"]))
+                           path.stem.endswith(".overlapped"), plan["hbm_bytes_per_chip"]["total"] / 1e9,
+                           plan["step_seconds"]))
     return found
 
 
-def compile_point(peer: Peer, remat: str, accumulation: int) -> None:
+def compile_point(peer: Peer, remat: str, accumulation: int, *, overlapped: bool) -> None:
     """One plan, unless it is there."""
-    path = RESULTS / f"{peer.recipe}_b{peer.batch_size}.{peer.topology.replace(':', '-')}.{remat}.{accumulation}.json"
+    options = ",".join(f"{name}=true" for name in OVERLAP) if overlapped else ""
+    point = f"{peer.topology.replace(':', '-')}.{remat}.{accumulation}{'.overlapped' if overlapped else ''}"
+    path = RESULTS / f"{peer.recipe}_b{peer.batch_size}.{point}.json"
     RESULTS.mkdir(parents=True, exist_ok=True)
     if path.exists():
         return
     command = [sys.executable, "-m", "llmjax.cli", "plan", f"--config={ROOT / 'configs' / peer.recipe}.py",
                f"--topology={peer.topology}", f"--config.data.batch_size={peer.batch_size}",
                f"--config.train.remat={remat}", f"--config.train.accumulation={accumulation}",
-               *(f"--config.{change}" for change in peer.overrides),
+               f"--config.train.compiler_options={options}", *(f"--config.{change}" for change in peer.overrides),
                f"--workdir={RESULTS / path.stem}", f"--json={path}"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
@@ -120,9 +130,12 @@ def table(ours: list[Point]) -> str:
         work = (peer.recipe, peer.topology, peer.batch_size)
         same = [point for point in ours if (point.recipe, point.topology, point.batch_size) == work]
         for point in sorted(same, key=lambda p: p.gigabytes):
-            lines.append(f"  remat {point.remat}, {point.accumulation} microbatches".ljust(40)
+            way = f"  remat {point.remat}, {point.accumulation} microbatches{', overlapped' * point.overlapped}"
+            lines.append(way.ljust(40)
                          + f" ours    {point.gigabytes:7.2f} GB {point.seconds:8.3f} s")
-        lines += [f"  {line}" for line in _verdicts(peer, same)] or ["  not compiled yet"]
+        lines += _verdicts(peer, [point for point in same if not point.overlapped]) or ["  not compiled yet"]
+        if any(point.overlapped for point in same):
+            lines += [f"{line}, overlapped" for line in _verdicts(peer, same)]
     return "\n".join(lines)
 
 
@@ -130,8 +143,8 @@ def _verdicts(peer: Peer, same: list[Point]) -> list[str]:
     """The two ratios: at equal memory in time, at equal time in memory."""
     within = [p.seconds for p in same if p.gigabytes <= peer.gigabytes]
     as_fast = [p.gigabytes for p in same if p.seconds <= peer.seconds]
-    lines = [f"at equal memory {min(within) / peer.seconds:.2f}x of its time"] if within else []
-    lines += [f"at equal time {min(as_fast) / peer.gigabytes:.2f}x of its memory"] if as_fast else []
+    lines = [f"  at equal memory {min(within) / peer.seconds:.2f}x of its time"] if within else []
+    lines += [f"  at equal time {min(as_fast) / peer.gigabytes:.2f}x of its memory"] if as_fast else []
     return lines
 
 
@@ -139,12 +152,13 @@ def main() -> None:
     """Compile what is asked for and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--compile", default="", metavar="RECIPE", help="compile the points of a recipe first")
+    parser.add_argument("--overlapped", action="store_true", help="compile with gathers fused into matmuls")
     parser.add_argument("--accumulation", default="1,2", metavar="N,N", help="microbatches to try (default 1,2)")
     args = parser.parse_args()
     for peer in (peer for peer in PEERS if peer.recipe == args.compile):
         for remat in REMATS:
             for accumulation in map(int, args.accumulation.split(",")):
-                compile_point(peer, remat, accumulation)
+                compile_point(peer, remat, accumulation, overlapped=args.overlapped)
     print(table(points()))
 
 

@@ -103,6 +103,7 @@ def test_a_missing_recipe_names_those_spelt_alike(tmp_path: Path) -> None:
         ({"data": {"batch_size": 10}, "train": {"accumulation": 4}}, ["data.batch_size=10", "8, 12"]),
         ({"data": {"seq_len": 4096}, "model": {"max_seq_len": 2048}}, ["data.seq_len=4096", "max_seq_len=2048"]),
         ({"eval": {"seq_len": 64, "stride": 65}}, ["eval.stride=65", "eval.seq_len=64"]),
+        ({"train": {"compiler_options": "xla_a=1, xla_b"}}, ["train.compiler_options='xla_a=1, xla_b'", "'xla_b'"]),
         ({"mesh": {"fsdp": -1}}, ["mesh.fsdp=-1", "mesh.data"]),
         ({"mesh": {"tensor": 0}}, ["mesh.tensor=0", "at least 1"]),
     ],

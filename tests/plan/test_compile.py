@@ -71,6 +71,17 @@ def test_a_tiny_step_compiles_and_every_figure_is_there(tiny: Path) -> None:
     assert "HBM per chip" in done.stdout and "objection: " in done.stdout
 
 
+def test_the_compiler_takes_the_options_of_a_config(tiny: Path) -> None:
+    """Those under which this libtpu gathers weights beside matmuls; the next one refuses them on all but v5e."""
+    fused = ("xla_enable_async_all_gather", "xla_tpu_enable_async_collective_fusion",
+             "xla_tpu_enable_async_collective_fusion_fuse_all_gather")  # fmt: skip
+    options = ",".join(f"{name}=true" for name in fused)
+    done = plan(tiny, "--topology=v5e:2x2", f"--config.train.compiler_options={options}", "--json")
+    assert done.returncode == 0, done.stderr
+    gathers = [one for one in json.loads(done.stdout.splitlines()[-1])["collectives"] if one["kind"] == "all-gather"]
+    assert any(one["asynchronous"] for one in gathers), gathers
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -78,6 +89,7 @@ def test_a_tiny_step_compiles_and_every_figure_is_there(tiny: Path) -> None:
         (["--topology=v5p:2x2x1", "--config.mesh.fsdp=3"], "mesh.fsdp=3"),
         (["--topology=v5p:2x2x1", "--config.model.vocab_size=0"], "model.vocab_size=0"),
         (["--topology=v5p:2x2x1", "--config.task.name=dpo"], "task.name='dpo'"),
+        (["--topology=v5p:2x2x1", "--config.train.compiler_options=xla_of_nobody=1"], "xla_of_nobody"),
     ],
 )
 def test_wrong_use_is_one_line(tiny: Path, arguments: list[str], says: str) -> None:
