@@ -126,12 +126,12 @@ def table(ours: list[Point]) -> str:
     """Each of MaxText's rows, and ours on the same work beneath it with both ratios."""
     lines = []
     for peer in PEERS:
-        lines.append(f"{peer.work:40} MaxText {peer.gigabytes:7.2f} GB {peer.seconds:8.3f} s")
+        lines.append(f"{peer.work:44} MaxText {peer.gigabytes:7.2f} GB {peer.seconds:8.3f} s")
         work = (peer.recipe, peer.topology, peer.batch_size)
         same = [point for point in ours if (point.recipe, point.topology, point.batch_size) == work]
         for point in sorted(same, key=lambda p: p.gigabytes):
             way = f"  remat {point.remat}, {point.accumulation} microbatches{', overlapped' * point.overlapped}"
-            lines.append(way.ljust(40)
+            lines.append(way.ljust(44)
                          + f" ours    {point.gigabytes:7.2f} GB {point.seconds:8.3f} s")
         lines += _verdicts(peer, [point for point in same if not point.overlapped]) or ["  not compiled yet"]
         if any(point.overlapped for point in same):

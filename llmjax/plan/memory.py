@@ -18,6 +18,7 @@ from typing import Literal
 
 from llmjax.core.config import flatten
 from llmjax.core.sections import Config, ModelConfig, OptimConfig
+from llmjax.models.experts import ROOM
 from llmjax.models.flops import declared, num_params
 from llmjax.optim.held import held_shapes
 
@@ -26,6 +27,7 @@ WIDTHS = {"float32": FULL, "bfloat16": 2}
 LANES = 128
 BATCH_ARRAYS = 6  # of 4 bytes a token
 LOGITS_BYTES = 2 * 128 * 2**20  # float32 logits of a chunk, and their derivative
+EXPERT_ARRAYS = 8.5  # of the room for rows, as wide as model and experts: in compiled steps of Mixtral and DeepSeek-V3
 TABLES_AT_ONCE = 1.75  # gradients of embedding and output projection, in compiled steps of Llama and OLMo
 
 
@@ -127,7 +129,7 @@ def memory(layout: Layout) -> Memory:
                         min(LOGITS_BYTES, 2 * FULL * layout.decoder_tokens * model.vocab_size / tensor)),
         weights=layout.width * (sum(stack.params * stack.layers for stack in stacks) / tensor if all_gathered
                                 else block) + FULL * block,
-        head=(2 * layout.width + TABLES_AT_ONCE * FULL) * table,
+        head=(2 * layout.width + (TABLES_AT_ONCE + model.multi_token) * FULL) * table,  # further heads add their own
     )
 
 
@@ -188,15 +190,13 @@ def _waiting(layout: Layout) -> float:
 
 
 def _working(layout: Layout) -> float:
-    """Elements a token that live while one block is differentiated.
-
-    Without a capacity a shard of the experts has room for every token of all shards.
-    """
+    """Elements a token that live while one block is differentiated."""
     model, tensor = layout.model, layout.tensor
     statistics = 2 * model.num_heads * LANES * FULL / layout.width / 2
-    mlp = 6 * model.mlp_dim
+    mlp: float = 6 * model.mlp_dim
     if model.moe.num_experts:
-        mlp = 4 * layout.sizes["expert"] * model.moe.top_k * ((model.moe.expert_mlp_dim or model.mlp_dim) + model.dim)
+        room = min(layout.sizes["expert"], ROOM) * model.moe.top_k  # rows of a shard of the experts
+        mlp = EXPERT_ARRAYS * room * ((model.moe.expert_mlp_dim or model.mlp_dim) + model.dim)
     return 8 * model.dim + (mlp + _heads(model) + statistics) / tensor
 
 

@@ -46,8 +46,7 @@ def hold_to_budget(name: str) -> None:
 @pytest.mark.parametrize("name", [
     "llama3_8b v5p:2x2x2", "llama3_8b v5p:4x4x4", "llama3_8b v5e:16x16", "llama3_8b v6e:8x8", "llama3_70b v5p:4x4x8",
     "llama3_70b v6e:16x16", "llama3_405b v5p:8x8x16", "mixtral_8x7b v5p:4x4x4", "mixtral_8x7b v6e:16x16",
-    "olmo2_7b v5p:4x4x4", "t5_base v5e:4x4",
-    pytest.param("deepseek_v3 v5p:8x8x16", marks=pytest.mark.xfail(strict=True, reason="0.82 of it"))])  # fmt: skip
+    "olmo2_7b v5p:4x4x4", "t5_base v5e:4x4", "deepseek_v3 v5p:8x8x16"])  # fmt: skip
 def test_the_memory_model_is_within_a_tenth_of_what_was_compiled(name: str) -> None:
     if name not in WRITTEN:
         pytest.skip(f"no budget: python -m tests.plan.budgets '{name}'")
