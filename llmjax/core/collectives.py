@@ -16,6 +16,7 @@ their derivatives in compute precision, the one in which their shards' matmuls l
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -69,9 +70,13 @@ def scatter_gradient(grad: jax.Array, spec: PartitionSpec, *, wanted: PartitionS
 def _scatter(grad: jax.Array, dim: int, axis: str) -> jax.Array:
     """The sum over `axis`, of which each device keeps its piece of `dim`.
 
-    Pieces narrower than a TPU's tile XLA would cut from a full all-reduce, unless they have a dim of their own.
+    XLA would cut pieces from a full all-reduce that are narrower than a TPU's tile, unless they have a dim of their
+    own, and those behind dims of size one.
     """
-    size = manual_size(axis)
+    size, ahead = manual_size(axis), grad.shape[:dim]
+    if dim and math.prod(ahead) == 1:
+        scattered = _scatter(grad.reshape(grad.shape[dim:]), 0, axis)
+        return scattered.reshape(*ahead, *scattered.shape)
     if dim < grad.ndim - 1 or grad.shape[dim] // size % LANES == 0:
         return lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
     return lax.psum_scatter(grad.reshape(*grad.shape[:dim], size, -1), axis, scatter_dimension=dim)
