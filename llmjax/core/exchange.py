@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from llmjax.core import collectives
+from llmjax.core.collectives import LANES
 from llmjax.core.mesh import for_tpu
 
 AXIS = "expert"
-LANES = collectives.LANES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,8 @@ Dropless (Gale et al. 2023): every token reaches all of its experts. Rows are so
 so that no result depends on other tokens or on the mesh. With a capacity (Lepikhin et al. 2021; Fedus et al. 2022) the
 tokens of a group compete for the places of each expert; groups are pieces of a row, fixed by the config, not the mesh.
 
-Letters: B batch, T time, N tokens (B * T), D model width, E experts, L experts of this shard, K experts a token,
-F inner width of an expert, M rows to route (N * K), R rows at the experts, X shards of the expert axis; with a
-capacity, G groups of S tokens and C places an expert.
+Letters: B batch, T time, N tokens (B * T), D model width, E experts, L experts of this shard, K experts a token, M rows
+to route (N * K), R rows at the experts; with a capacity, G groups of S tokens and C places an expert.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from llmjax.models.flops import declared, num_params
 from llmjax.optim.held import held_shapes
 
 FULL = 4  # bytes of float32
-WIDTHS = {"float32": FULL, "bfloat16": 2}
+WIDTHS = {"float32": FULL, "bfloat16": 2, "float16": 2}
 LANES = 128
 BATCH_ARRAYS = 6  # of 4 bytes a token
 LOGITS_BYTES = 2 * 128 * 2**20  # float32 logits of a chunk, and their derivative

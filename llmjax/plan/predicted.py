@@ -20,7 +20,7 @@ from llmjax.plan.speed import Machine, seconds
 PROBE = 1024  # rows and columns of the matrix product that measures a machine without a published peak
 PROBE_RUNS = 4
 # Bytes/s of all devices together that are threads of one machine: to its memory, and between them, where most of the
-# time goes into waiting for each other.
+# time goes into waiting for each other. Chosen by the steps that tests/plan/test_ranking.py measured on two cores.
 MEMORY_BANDWIDTH, EXCHANGE_BANDWIDTH = 20e9, 1e9
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from types import ModuleType
 
 import jax
@@ -64,6 +65,15 @@ def test_the_tpu_kernels_equal_the_reference(sizes: list[int], interpreted: None
     for grad, plain in zip(grads, plain_grads, strict=True):
         np.testing.assert_allclose(grad, plain, rtol=1e-5, atol=2e-4)
     assert not np.any(y_TO[sum(sizes):])
+
+
+def test_the_cost_is_that_of_the_rows_that_are_expected() -> None:
+    """Of the matmul and of both its derivatives, by the FLOPs that their kernels declare."""
+    def total(x_TI: jax.Array, w_EIO: jax.Array) -> jax.Array:
+        return jnp.sum(pallas_tpu.grouped_matmul(x_TI, w_EIO, jnp.array([128, 64], jnp.int32), expected_rows=256))
+
+    traced = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(jnp.ones((384, 128)), jnp.ones((2, 128, 256)))
+    assert re.findall(r"flops=(\d+)", str(traced)) == [str(2 * 256 * 128 * 256)] * 3
 
 
 def test_every_row_of_a_group_is_in_one_of_its_steps() -> None:

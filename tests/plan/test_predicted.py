@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+
+import pytest
 
 from llmjax.core.sections import Config, MeshConfig, ModelConfig
 from llmjax.plan import predicted
@@ -21,8 +24,10 @@ def test_a_plan_of_as_many_chips_comes_first(tmp_path: Path) -> None:
     assert (found["step_seconds"], found["memory_gb"]) == (4.0, 3.0) and "v5p:2x2x2" in found["method"]
 
 
-def test_without_one_the_analytic_models_speak(tmp_path: Path) -> None:
-    found = predicted.predict(CONFIG, tmp_path)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_without_one_the_analytic_models_speak(tmp_path: Path, dtype: str) -> None:
+    model = dataclasses.replace(CONFIG.model, compute_dtype=dtype)
+    found = predicted.predict(dataclasses.replace(CONFIG, model=model), tmp_path)
     assert 0 < found["step_seconds"] < 60 and 0 < found["memory_gb"] < 1
     assert "GFLOP/s" in found["method"]
 

@@ -19,10 +19,16 @@ PROGRAM = """HloModule step
   ROOT %less = pred[] fusion(%q), kind=kLoop, calls=%inner
 }
 
+%unbounded (q: (s32[])) -> pred[] {
+  %bound = s32[] get-tuple-element(%q), index=1
+  ROOT %less = pred[] compare(%counter, %bound), direction=LT
+}
+
 ENTRY %main (x: f32[2]) -> f32[2] {
   %x = f32[2]{0} parameter(0)
   %loop = (s32[], f32[2]{0}) while(%x), condition=%condition, body=%inner
   %known = (s32[]) while(%x), condition=%condition, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  %open = (s32[]) while(%x), condition=%unbounded, body=%inner
   %kernel = (f32[2]{0}, f32[2]{0}) custom-call(%x, %loop), custom_call_target="tpu_custom_call", attributes={text={
  over=several,
 }}, metadata={op_name="jit(f)/jvp(kernel)"}, backend_config={"estimated_cycles":"12"}
@@ -33,9 +39,9 @@ ENTRY %main (x: f32[2]) -> f32[2] {
 
 def test_loops_kernels_and_instructions_over_several_lines() -> None:
     program = parse(PROGRAM)
-    _, loop, known, kernel, choice = program.computations[program.entry]
-    assert (program.entry, len(program.computations)) == ("main", 3)
-    assert (program.trips(loop), program.trips(known)) == (7, 3)
+    _, loop, known, unbounded, kernel, choice = program.computations[program.entry]
+    assert (program.entry, len(program.computations)) == ("main", 4)
+    assert [program.trips(one) for one in (loop, known, unbounded)] == [7, 3, 0]
     assert kernel.is_kernel and not loop.is_kernel
     assert (kernel.operands, kernel.cycles, kernel.source) == (("x", "loop"), 12, "jit(f)/jvp(kernel)")
     assert choice.called == ("inner", "condition")
