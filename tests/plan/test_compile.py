@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -72,14 +73,17 @@ def test_a_tiny_step_compiles_and_every_figure_is_there(tiny: Path) -> None:
 
 
 def test_the_compiler_takes_the_options_of_a_config(tiny: Path) -> None:
-    """Those under which this libtpu gathers weights beside matmuls; the next one refuses them on all but v5e."""
+    """On v5p weights are gathered beside matmuls under these alone; from libtpu 0.0.50 on they are refused."""
     fused = ("xla_enable_async_all_gather", "xla_tpu_enable_async_collective_fusion",
              "xla_tpu_enable_async_collective_fusion_fuse_all_gather")  # fmt: skip
     options = ",".join(f"{name}=true" for name in fused)
-    done = plan(tiny, "--topology=v5e:2x2", f"--config.train.compiler_options={options}", "--json")
-    assert done.returncode == 0, done.stderr
-    gathers = [one for one in json.loads(done.stdout.splitlines()[-1])["collectives"] if one["kind"] == "all-gather"]
-    assert any(one["asynchronous"] for one in gathers), gathers
+    done = plan(tiny, "--topology=v5p:2x2x1", f"--config.train.compiler_options={options}", "--json")
+    if importlib.metadata.version("libtpu").startswith("0.0.42."):
+        assert done.returncode == 0, done.stderr
+        moved = json.loads(done.stdout.splitlines()[-1])["collectives"]
+        assert any(one["asynchronous"] for one in moved if one["kind"] == "all-gather"), moved
+    else:
+        assert done.returncode == 2 and "train.compiler_options" in done.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
