@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from llmjax.core.mesh import mesh_sizes
 from llmjax.core.sections import Config
 from llmjax.models.flops import peak_flops
 from llmjax.plan.chips import CHIPS
 from llmjax.plan.memory import layout_of, memory
+from llmjax.plan.probes import measured_machine
 from llmjax.plan.speed import Machine, seconds
-
-PROBE = 1024  # rows and columns of the matrix product that measures a machine without a published peak
-PROBE_RUNS = 4
-# Bytes/s of all devices together that are threads of one machine: to its memory, and between them, where most of the
-# time goes into waiting for each other. Chosen by the steps that tests/plan/test_ranking.py measured on two cores.
-MEMORY_BANDWIDTH, EXCHANGE_BANDWIDTH = 20e9, 1e9
 
 
 def predict(config: Config, workdir: Path) -> dict[str, Any]:
@@ -49,23 +42,8 @@ def local_machine(dtype: str) -> tuple[Machine, str]:
         link = chip.link_bandwidth if chip else 50e9  # NVLink and its kin are faster, a network is slower
         return Machine(peak, memory, link, (len(devices),), wraps=True), (
             f"peak of {devices[0].device_kind} as published")
-    # Devices without a published peak are a CPU's, which share it.
-    rate, count = matmul_rate(dtype), len(devices)
-    machine = Machine(rate / count, MEMORY_BANDWIDTH / count, EXCHANGE_BANDWIDTH / count, (count,), wraps=False)
-    return machine, f"a matrix product of {PROBE} x {PROBE} measured {rate / 1e9:.0f} GFLOP/s"
-
-
-def matmul_rate(dtype: str) -> float:
-    """FLOP/s of one device in a square matrix product, the best of a few runs."""
-    x = jnp.ones((PROBE, PROBE), dtype)
-    multiply = jax.jit(lambda x: x @ x)
-    multiply(x).block_until_ready()
-    times = []
-    for _ in range(PROBE_RUNS):
-        began = time.perf_counter()
-        multiply(x).block_until_ready()
-        times.append(time.perf_counter() - began)
-    return 2 * PROBE**3 / min(times)
+    machine = measured_machine(dtype)
+    return machine, f"a matrix product measured {machine.peak_flops * len(jax.local_devices()) / 1e9:.0f} GFLOP/s"
 
 
 def compare(predicted: dict[str, Any], *, tokens_per_step: int, tokens_per_second: float | None,

@@ -15,6 +15,7 @@ from llmjax.plan.memory import FULL, Layout
 
 MATMUL_EFFICIENCY, ATTENTION_EFFICIENCY = 0.85, 0.5  # of the peak, as compiled steps came out
 # Forward passes a step runs again, as a share of one: matrix products, attention.
+PRODUCTS = 7  # of a layer: queries, keys, values, output; gate, up, down
 RECOMPUTED = {"none": (0.0, 0.0), "save_matmuls": (0.0, 1.0)}
 
 
@@ -27,6 +28,10 @@ class Machine:
     link_bandwidth: float  # bytes/s one way
     dims: tuple[int, ...]  # of the torus
     wraps: bool
+    # Where a CPU loses time and a TPU next to none: what goes into a product is laid out anew first, at so many bytes/s
+    # of a device, and a collective takes so many seconds to begin.
+    operand_bandwidth: float = math.inf
+    latency: float = 0.0
 
     @classmethod
     def of(cls, chip: Chip, dims: tuple[int, ...], *, wraps: bool) -> Machine:
@@ -49,17 +54,19 @@ class Seconds:
     """One step."""
 
     compute: float
+    operands: float  # laid out for products
     update: float  # of the parameters by the optimiser
     communication: float
 
     @property
     def total(self) -> float:
-        return self.compute + self.update + self.communication
+        return self.compute + self.operands + self.update + self.communication
 
 
 def seconds(layout: Layout, machine: Machine) -> Seconds:
     """The model's sum for a layout."""
-    return Seconds(_compute(layout, machine), _update(layout, machine), _communication(layout, machine))
+    return Seconds(_compute(layout, machine), _operands(layout, machine), _update(layout, machine),
+                   _communication(layout, machine) + _collectives(layout) * machine.latency)
 
 
 def _compute(layout: Layout, machine: Machine) -> float:
@@ -71,6 +78,14 @@ def _compute(layout: Layout, machine: Machine) -> float:
     blocks = (matmuls - head) * (3 + again) + head * 4
     spent = blocks / MATMUL_EFFICIENCY + attention * (3 + attention_again) / ATTENTION_EFFICIENCY
     return tokens * spent / (layout.tensor * layout.sizes["stage"] * machine.peak_flops)
+
+
+def _operands(layout: Layout, machine: Machine) -> float:
+    """Of each product and the two of its derivative: the parameters, which only tensor and stage divide, and the
+    activations as wide as the model, which tensor does not divide."""
+    model, passes = layout.model, 3 * layout.accumulation * layout.width / layout.sizes["stage"]
+    activations = PRODUCTS * layout.tokens * model.dim * model.num_layers
+    return passes * (activations + num_params(model) / layout.tensor) / machine.operand_bandwidth
 
 
 def _update(layout: Layout, machine: Machine) -> float:
@@ -91,12 +106,24 @@ def _communication(layout: Layout, machine: Machine) -> float:
     if reduced > 1:  # the gradients of what is replicated, once a step
         kept = stored / (shards if layout.shard == "parameters" else 1)
         total += 2 * FULL * kept * (reduced - 1) / reduced / machine.bandwidth(reduced)
-    if layout.tensor > 1:  # in a layer two sums forward, two backward, again where the forward pass is; at the ends two
-        sums = layout.model.num_layers * (4 + (0 if layout.remat == "none" else 2)) + 2
+    if layout.tensor > 1:
         size = layout.width * layout.tokens * layout.accumulation * layout.model.dim
         share = 2 * (layout.tensor - 1) / layout.tensor
-        total += sums * size * share / machine.bandwidth(layout.tensor)
+        total += _sums(layout) * size * share / machine.bandwidth(layout.tensor)
     return total
+
+
+def _sums(layout: Layout) -> int:
+    """Over tensor: in a layer two forward, two backward, again where the forward pass is; at the ends two."""
+    return layout.model.num_layers * (4 if layout.remat == "none" else 6) + 2
+
+
+def _collectives(layout: Layout) -> int:
+    """Of a step: a sum is a gather and a scatter, a parameter is gathered and its gradient scattered."""
+    gathers = (1 if layout.remat == "none" else 2) * (layout.sizes["fsdp"] > 1 and layout.shard == "parameters")
+    parameters = PRODUCTS * layout.model.num_layers + 2
+    a_pass = (gathers + bool(gathers)) * parameters + (2 * _sums(layout) if layout.tensor > 1 else 0)
+    return a_pass * layout.accumulation
 
 
 def divisors(number: int) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmjax.core.sections import Config, MeshConfig, ModelConfig
-from llmjax.plan import predicted
+from llmjax.plan import predicted, probes
 
 CONFIG = Config(model=ModelConfig(vocab_size=512, num_layers=2, dim=64), mesh=MeshConfig(data=-1))
 
@@ -37,3 +37,10 @@ def test_side_by_side() -> None:
                                   tokens_per_second=400.0, memory_gb=None))
     assert rows["step time"] == "2 s predicted, 2.5 s measured (1.25x)"
     assert rows["memory of a device"] == "3 GB predicted; not measured on these devices"
+
+
+def test_devices_without_published_figures_are_measured() -> None:
+    machine = probes.measured_machine("float32")  # of eight devices that share a CPU
+    assert machine.dims == (8,) and not machine.wraps
+    assert 1e8 < machine.operand_bandwidth < 1e12 and 1e8 < machine.memory_bandwidth < 1e13
+    assert 1e-7 < machine.latency < 0.1 and 1e6 < machine.link_bandwidth < 1e12 and 1e8 < machine.peak_flops < 1e13

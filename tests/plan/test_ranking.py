@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,16 +17,30 @@ from llmjax.core.mesh import make_mesh, mesh_sizes
 from llmjax.core.sections import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from llmjax.plan.compile import abstract_step
 from llmjax.plan.memory import layout_of
-from llmjax.plan.predicted import local_machine
+from llmjax.plan.probes import measured_machine
 from llmjax.plan.speed import seconds
+from llmjax.train.step import jit_step
 
 MESHES = ({"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 4, "tensor": 2}, {"data": 2, "tensor": 4},
           {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 4})  # fmt: skip
-ROUNDS = 10
-CONFIG = Config(
-    model=ModelConfig(vocab_size=1024, num_layers=2, dim=256, num_heads=8, num_kv_heads=8, head_dim=32, mlp_dim=512,
-                      compute_dtype="float32"),
-    data=DataConfig(seq_len=256, batch_size=16), train=TrainConfig(remat="none"))  # fmt: skip
+ROUNDS = 7
+
+
+def config(model: ModelConfig, **data: int) -> Config:
+    model = dataclasses.replace(model, num_heads=8, num_kv_heads=8, compute_dtype="float32")
+    return Config(model=model, data=DataConfig(**data), train=TrainConfig(remat="none"))  # type: ignore[arg-type]
+
+
+CONFIGS = {
+    "small": config(ModelConfig(vocab_size=1024, num_layers=2, dim=256, head_dim=32, mlp_dim=512),
+                    seq_len=256, batch_size=16),
+    "wide": config(ModelConfig(vocab_size=4096, num_layers=2, dim=512, head_dim=64, mlp_dim=1536),
+                   seq_len=128, batch_size=8),
+    "vocabulary": config(ModelConfig(vocab_size=8192, num_layers=2, dim=256, head_dim=32, mlp_dim=1024),
+                         seq_len=64, batch_size=16),
+    "tokens": config(ModelConfig(vocab_size=512, num_layers=3, dim=192, head_dim=24, mlp_dim=512),
+                     seq_len=128, batch_size=64),
+}  # fmt: skip
 
 
 def zeros(leaf: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh) -> jax.Array:
@@ -34,36 +49,44 @@ def zeros(leaf: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh) -> jax.Array:
 
 
 def prepare(config: Config) -> Callable[[], None]:
-    """A function that takes a step."""
+    """A function that takes a step as `train` does, its state donated."""
     mesh = make_mesh(config.mesh, jax.devices()[:8])
     with jax.set_mesh(mesh):
         step, arguments = abstract_step(config, mesh)
-        compiled = jax.jit(step).lower(*arguments).compile()
+        compiled = jit_step(step, mesh, config.train).lower(*arguments).compile()
         state, frozen, batch = jax.tree.map(lambda leaf: zeros(leaf, mesh), arguments)
-    return lambda: jax.block_until_ready(compiled(state, frozen, batch))
+
+    def take() -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(compiled(state, frozen, batch))
+
+    return take
 
 
-def best_seconds(steps: Sequence[Callable[[], None]]) -> list[float]:
-    """Of each, in rounds, so that whatever else the machine does disturbs all alike."""
-    best = [float("inf")] * len(steps)
-    for round_ in range(ROUNDS + 1):
+def best_seconds(steps: Sequence[Callable[[], None]]) -> list[tuple[float, float]]:
+    """Of each, in odd and in even rounds: rounds, so that whatever else the machine does disturbs all alike."""
+    best = [[math.inf, math.inf] for _ in steps]
+    for round_ in range(2 * ROUNDS + 1):
         for number, step in enumerate(steps):
             began = time.perf_counter()
             step()
             if round_:  # the first one warms up
-                best[number] = min(best[number], time.perf_counter() - began)
-    return best
+                best[number][round_ % 2] = min(best[number][round_ % 2], time.perf_counter() - began)
+    return [(odd, even) for odd, even in best]
 
 
-@pytest.mark.slow
-def test_meshes_are_ranked_as_they_are_measured() -> None:
-    """Spearman's correlation of at least 0.8 over eight meshes of a small model."""
-    machine, _ = local_machine("float32")
-    configs = [dataclasses.replace(CONFIG, mesh=MeshConfig(**{"data": 1, **axes})) for axes in MESHES]  # type: ignore[arg-type]
+@pytest.mark.alone
+@pytest.mark.parametrize("name", CONFIGS)
+def test_meshes_are_ranked_as_they_are_measured(name: str) -> None:
+    """Spearman's correlation of at least 0.8 over eight meshes of a model."""
+    configs = [dataclasses.replace(CONFIGS[name], mesh=MeshConfig(**{"data": 1, **axes})) for axes in MESHES]  # type: ignore[arg-type]
+    machine = measured_machine("float32")
     predicted = [seconds(layout_of(config, mesh_sizes(config.mesh, 8)), machine).total for config in configs]
     measured = best_seconds([prepare(config) for config in configs])
+    print(machine)
     for axes, ours, truth in zip(MESHES, predicted, measured, strict=True):
-        print(axes, f"predicted {ours:.3f} s, measured {truth:.3f} s")
-    correlation = spearmanr(predicted, measured).statistic
-    print("Spearman", correlation)
+        print(axes, f"predicted {ours:.3f} s, measured {truth[0]:.3f} and {truth[1]:.3f} s")
+    repeated = spearmanr(*zip(*measured, strict=True)).statistic
+    correlation = spearmanr(predicted, [min(truth) for truth in measured]).statistic
+    print(f"Spearman {correlation:.2f}; of the measurement with itself {repeated:.2f}")
     assert correlation >= 0.8

@@ -11,6 +11,7 @@ import pytest
 
 from llmjax.core import config as configs
 from llmjax.core.sections import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from llmjax.models.flops import num_params
 from llmjax.plan import search
 from llmjax.plan.chips import CHIPS
 from llmjax.plan.memory import layout_of, memory
@@ -71,6 +72,22 @@ def test_time_follows_flops_and_links() -> None:
     kept = seconds(layout_of(changed(remat="none"), sizes(fsdp=64)), machine)
     assert kept.compute < full.compute and kept.communication < full.communication
     assert 843e12 / 459e12 < kept.compute < 3  # never faster than the peak
+
+
+def test_laying_out_and_beginning_cost_where_a_machine_says_so() -> None:
+    """4 layers of 1024, 7 products each, 16,384 tokens on one of four data shards or all 65,536 on each of tensor."""
+    config = dataclasses.replace(TINY, data=DataConfig(seq_len=2048, batch_size=32),
+                                 train=dataclasses.replace(TINY.train, remat="none"))  # fmt: skip
+    tpu = Machine.of(V5P, DIMS, wraps=True)
+    slow = dataclasses.replace(tpu, operand_bandwidth=1e9, latency=1e-3)
+    params = num_params(config.model)
+    for axes, tokens, held, begun in (({"data": 4}, 16_384, params, 0), ({"fsdp": 4}, 16_384, params, 2 * 30),
+                                      ({"tensor": 4}, 65_536, params / 4, 2 * 18)):  # fmt: skip
+        layout = layout_of(config, sizes(**axes))
+        free, paid = seconds(layout, tpu), seconds(layout, slow)
+        assert free.operands == 0
+        assert paid.operands == pytest.approx(3 * layout.width * (7 * tokens * 1024 * 4 + held) / 1e9)
+        assert paid.communication - free.communication == pytest.approx(begun * 1e-3)
 
 
 def test_candidates_divide_fit_and_come_fastest_first() -> None:
