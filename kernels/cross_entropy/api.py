@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from llmjax.core import collectives
 from llmjax.kernels.cross_entropy import xla
-from llmjax.kernels.cross_entropy.weighted import PLAIN, Terms, weighted_sum
+from llmjax.kernels.cross_entropy.terms import PLAIN, Terms
+from llmjax.kernels.cross_entropy.weighted import weighted_sum
 
 KEPT_BYTES = 128 * 2**20  # float32 logits up to here wait for the derivative, more are made again
 SLICE_BYTES = 2**30  # float32 logits of one slice of the vocabulary

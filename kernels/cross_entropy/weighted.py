@@ -10,7 +10,7 @@ Letters: T tokens, C tokens of a chunk, I chunks, D model width, V (this shard's
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
 
 import jax
@@ -19,21 +19,10 @@ from jax import lax
 
 from llmjax.core import collectives
 from llmjax.core.mesh import for_tpu
+from llmjax.kernels.cross_entropy.terms import Terms
 
 CHUNK_BYTES = 2**30  # float32 logits of a chunk
 SUBLANES = 16  # rows of a TPU register in bfloat16
-
-
-@dataclasses.dataclass(frozen=True)
-class Terms:
-    """What there is beside softmax; 0 for what there is not."""
-
-    softcap: float = 0.0
-    smoothing: float = 0.0
-    z_loss: float = 0.0
-
-
-PLAIN = Terms()
 
 
 def chunk_length(num_tokens: int, vocab_size: int) -> int:
@@ -47,12 +36,26 @@ def weighted_sum(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, weights
                  terms: Terms) -> jax.Array:
     """See `api.weighted_cross_entropy`; tokens of all shards of the tensor axis, of whose losses each adds its own."""
     chunks = _chunks(x_TD, targets_T, weights_T, w_DV.shape[1])
-    return _own_sum(lax.map(lambda chunk: _Logits(w_DV, terms, *chunk).losses_C, chunks), x_TD.shape[0])
+    losses_IC = lax.map(lambda chunk: _Logits(w_DV, terms, *chunk).losses_C, chunks)
+    return jnp.sum(collectives.own_share(losses_IC.reshape(-1)[:x_TD.shape[0]], dim=0))
 
 
 def _forward(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, weights_T: jax.Array,
              terms: Terms) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The sum, and its gradient for `x_TD` and `w_DV` in their dtypes."""
+    losses_T, dx_TD, dw_DV = _losses_and_gradient(x_TD, w_DV, targets_T, weights_T, terms)
+    return jnp.sum(collectives.own_share(losses_T, dim=0)), (dx_TD, dw_DV.astype(w_DV.dtype))
+
+
+def _losses_and_gradient(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, weights_T: jax.Array,
+                         terms: Terms) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Losses by their weights, and the gradient of their sum, for `w_DV` in float32."""
+    if for_tpu():
+        from llmjax.kernels.cross_entropy import pallas_tpu  # imported where it runs: Pallas takes its time to load
+
+        with contextlib.suppress(NotImplementedError):
+            return pallas_tpu.losses_and_gradient(x_TD, w_DV, targets_T, weights_T, terms)
+
     def step(dw_DV: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         logits, x_CD = _Logits(w_DV, terms, *chunk), chunk[0]
         # An array of its own, or XLA makes it anew within each of the two matmuls: one takes twice as long on a TPU.
@@ -63,8 +66,8 @@ def _forward(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, weights_T: 
 
     chunks = _chunks(x_TD, targets_T, weights_T, w_DV.shape[1])
     dw_DV, (losses_IC, dx_ICD) = lax.scan(step, jnp.zeros(w_DV.shape, jnp.float32), chunks)
-    dx_TD = dx_ICD.reshape(-1, x_TD.shape[1])[:x_TD.shape[0]]
-    return _own_sum(losses_IC, x_TD.shape[0]), (dx_TD, dw_DV.astype(w_DV.dtype))
+    T, D = x_TD.shape
+    return losses_IC.reshape(-1)[:T], dx_ICD.reshape(-1, D)[:T], dw_DV
 
 
 def _backward(terms: Terms, gradient: tuple[jax.Array, jax.Array],
@@ -88,10 +91,6 @@ def _chunks(x_TD: jax.Array, targets_T: jax.Array, weights_T: jax.Array, vocab_s
     return cut(x_TD), cut(targets_T), cut(weights_T)
 
 
-def _own_sum(losses_IC: jax.Array, num_tokens: int) -> jax.Array:
-    return jnp.sum(collectives.own_share(losses_IC.reshape(-1)[:num_tokens], dim=0))
-
-
 class _Logits:
     """A chunk's logits, their softmax over all shards of the vocabulary, and what becomes of them."""
 
@@ -110,14 +109,9 @@ class _Logits:
     @property
     def losses_C(self) -> jax.Array:
         """Weighted, float32."""
-        terms = self.terms
         target_C = collectives.sum_over(self._targets_C(), ("tensor",))
-        losses_C = self.log_z_C - (1.0 - terms.smoothing) * target_C
-        if terms.smoothing:
-            losses_C -= terms.smoothing / self.vocab_size * _over_vocabulary(self.logits_CV)
-        if terms.z_loss:
-            losses_C += terms.z_loss * jnp.square(self.log_z_C)
-        return losses_C * self.weights_C
+        mean_C = _over_vocabulary(self.logits_CV) / self.vocab_size if self.terms.smoothing else None
+        return self.terms.losses(self.log_z_C, target_C, mean_C) * self.weights_C
 
     def _targets_C(self) -> jax.Array:
         """The logit of each target that is in this shard, else 0."""
@@ -130,7 +124,7 @@ class _Logits:
     def derivative_CV(self) -> jax.Array:
         """Of the losses' sum by the products of rows and columns, float32."""
         terms, weights_C1 = self.terms, self.weights_C[:, None]
-        slope_C1 = weights_C1 * (1.0 + 2.0 * terms.z_loss * self.log_z_C[:, None])
+        slope_C1 = weights_C1 * terms.slope(self.log_z_C[:, None])
         wanted_CV = jnp.where(self.hits_CV, (1.0 - terms.smoothing) * weights_C1, 0.0)
         found_CV = jnp.exp(self.logits_CV - self.log_z_C[:, None]) * slope_C1 - wanted_CV
         if terms.smoothing:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llmjax.core import collectives
-from llmjax.kernels.cross_entropy import api, reference, weighted, xla
+from llmjax.kernels.cross_entropy import api, pallas_tpu, reference, weighted, xla
 
 
 def inputs(num_tokens: int = 24) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -76,6 +79,85 @@ def test_the_sum_and_its_gradient_equal_the_plain_ones(terms: api.Terms, tokens_
     assert found[0] == pytest.approx(float(expected[0]), rel=1e-5)
     for one, other in zip(found[1], expected[1], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pallas kernels run on this machine, two cores' share of tiles of 128 columns."""
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    monkeypatch.setattr(pallas_tpu, "COLUMNS", (pallas_tpu.LANES,))
+
+
+def large_inputs(num_tokens: int, width: int, vocab_size: int, seed: int = 0) -> tuple[jax.Array, ...]:
+    """Logits of a few tens, and targets that are the likeliest word for half of the tokens."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    x_TD = jax.random.normal(keys[0], (num_tokens, width), jnp.bfloat16)
+    w_DV = jax.random.normal(keys[1], (width, vocab_size), jnp.bfloat16)
+    best_T = jnp.argmax(x_TD @ w_DV, axis=1)
+    targets_T = jnp.where(jnp.arange(num_tokens) % 2 == 0, best_T,
+                          jax.random.randint(keys[2], (num_tokens,), 0, vocab_size))
+    return x_TD, w_DV, targets_T.astype(jnp.int32), jax.random.uniform(keys[3], (num_tokens,))
+
+
+def close(found: jax.Array, wanted: jax.Array) -> None:
+    """To a hundredth of the largest: what rounding to bfloat16 leaves of a gradient."""
+    found, wanted = (np.asarray(a, np.float32) for a in (found, wanted))
+    np.testing.assert_allclose(found, wanted, atol=0.01 * np.abs(wanted).max(), rtol=0)
+
+
+@pytest.mark.parametrize("terms", [api.Terms(), api.Terms(softcap=20.0), api.Terms(smoothing=0.2),
+                                   api.Terms(z_loss=0.01), api.Terms(20.0, 0.2, 0.01)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("num_tokens", [48, 40])
+def test_the_tpu_kernels_equal_the_plain_sum(terms: api.Terms, num_tokens: int, interpreted: None,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pallas_tpu, "FEWEST_TOKENS", 16)
+    monkeypatch.setattr(pallas_tpu, "CHUNK_BYTES", 24 * 2 * (512 + 128 * 4))  # two chunks
+    x_TD, w_DV, targets_T, weights_T = large_inputs(num_tokens, 128, 512)
+    losses_T, dx_TD, dw_DV = jax.jit(pallas_tpu.losses_and_gradient, static_argnums=4)(x_TD, w_DV, targets_T, weights_T,
+                                                                                       terms)
+
+    def wanted(x_TD: jax.Array, w_DV: jax.Array) -> jax.Array:
+        return plain_sum(x_TD, w_DV, jnp.zeros(512), targets_T, weights_T, terms)
+
+    value, gradient = jax.value_and_grad(wanted, argnums=(0, 1))(x_TD.astype(jnp.float32), w_DV.astype(jnp.float32))
+    assert jnp.sum(losses_T) == pytest.approx(float(value), rel=1e-5)
+    close(dx_TD, gradient[0])
+    close(dw_DV, gradient[1])
+
+
+def test_the_tpu_kernels_with_the_vocabulary_split(interpreted: None) -> None:
+    x_TD, w_DV, targets_T, weights_T = large_inputs(32, 128, 1024)
+    terms = api.Terms(smoothing=0.1, z_loss=0.01)
+
+    def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        losses_T, dx_TD, dw_DV = pallas_tpu.losses_and_gradient(*arrays, terms)
+        return losses_T, collectives.sum_over(dx_TD.astype(jnp.float32), ("tensor",)), dw_DV
+
+    columns = P(None, "tensor")
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
+    split = jax.shard_map(run, mesh=mesh, in_specs=(P(), columns, P(), P()), out_specs=(P(), P(), columns),
+                          check_vma=False)
+    whole = run(x_TD, w_DV, targets_T, weights_T)
+    found = jax.jit(split)(x_TD, w_DV, targets_T, weights_T)
+    np.testing.assert_allclose(found[0], whole[0], rtol=1e-5, atol=1e-5)
+    close(found[1], whole[1])
+    close(found[2], whole[2])
+
+
+def test_logits_beyond_every_exponential_stay_finite(interpreted: None) -> None:
+    x_TD, w_DV, targets_T, weights_T = large_inputs(16, 128, 512)
+    x_TD = 30 * x_TD  # logits of a thousand, far apart from tile to tile
+    losses_T, *gradient = pallas_tpu.losses_and_gradient(x_TD, w_DV, targets_T, weights_T, api.PLAIN)
+    wanted_T = weights_T * reference.linear_cross_entropy(x_TD, w_DV, targets_T)
+    np.testing.assert_allclose(losses_T, wanted_T, rtol=1e-4, atol=1e-3)
+    assert all(bool(jnp.all(jnp.isfinite(one))) for one in gradient)
+
+
+def test_what_does_not_fit_the_kernels_is_for_xla() -> None:
+    assert pallas_tpu.choose_tiling(16_384, 4096, 131_072).tokens >= 640
+    for shape in ((64, 100, 512), (64, 128, 500), (16_384, 65_536, 131_072)):
+        with pytest.raises(NotImplementedError, match="TPU cross-entropy"):
+            pallas_tpu.choose_tiling(*shape)
 
 
 def test_a_scaled_loss_in_half_precision_keeps_small_derivatives() -> None:
