@@ -5,7 +5,8 @@
 
 Each line: microseconds of ours, of the public kernel, their ratio, and ours as a share of the chip's peak in bf16.
 Paged attention: the greater of cycles (by the compiler) and of the time the pages it fetches take at the chip's full
-bandwidth (a model: copies run beside the computation), beside the greater of both bounds.
+bandwidth (a model: copies run beside the computation), beside the greater of both bounds. Cross-entropy: the same
+greater of both, for each of its kernels, times the chunks of tokens.
 Budgets are cycles, spills and trips of small shapes; tests/kernels/test_budgets.py holds the kernels to them.
 """
 
@@ -37,7 +38,10 @@ import numpy as np  # noqa: E402
 
 from llmjax.kernels.attention import pallas_tpu, specs  # noqa: E402
 from llmjax.kernels.cross_entropy import api as cross_entropy  # noqa: E402
+from llmjax.kernels.cross_entropy import pallas_tpu as cross_entropy_tpu  # noqa: E402
 from llmjax.kernels.cross_entropy import reference as cross_entropy_reference  # noqa: E402
+from llmjax.kernels.cross_entropy import specs as cross_entropy_specs  # noqa: E402
+from llmjax.kernels.cross_entropy.terms import PLAIN  # noqa: E402
 from llmjax.kernels.grouped_matmul import pallas_tpu as grouped  # noqa: E402
 from llmjax.kernels.grouped_matmul import specs as grouped_specs  # noqa: E402
 from llmjax.kernels.grouped_matmul import tpu_plan  # noqa: E402
@@ -240,12 +244,14 @@ def budgets(chips: list[str]) -> dict[str, Any]:
     found = {}
     for chip in chips:
         spec, small, decode = specs.SPECS["4k"], grouped_specs.SPECS["small"], paged_specs.SPECS["small"]
+        words = cross_entropy_specs.SPECS["small"]
         projection = quant_specs.SPECS["small, int4, groups of 128"]
         for name, cost, fullness in (
             ("attention 4k", attention_cost(spec, chip), attention_occupancy(spec, chip)),
             ("grouped matmul small", grouped_cost(small, chip), grouped_occupancy(small)),
             ("paged attention small", paged_cost(decode, chip), paged_work(decode, chip).occupancy),
             ("quantised matmul small", quant_cost(projection, chip), {}),
+            ("cross-entropy small", cross_entropy_cost(fused_cross_entropy, words, chip), {}),
         ):
             kernels = {kernel.name: {"cycles": round(kernel.cycles), "spills": kernel.spills,
                                      "trips": next((one.trips for part, one in fullness.items() if part in kernel.name),
@@ -255,37 +261,59 @@ def budgets(chips: list[str]) -> dict[str, Any]:
     return {"libtpu": importlib.metadata.version("libtpu"), "programs": found}
 
 
-def cross_entropy_cost(loss: Callable[..., jax.Array], chip: str) -> ProgramCost:
-    """The mean loss of 16k tokens of width 4096 over 131,072 words, and its gradients."""
-    T, D, V = 16_384, 4096, 131_072
-    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
-        ((T, D), jnp.bfloat16), ((D, V), jnp.bfloat16), ((T,), jnp.int32), ((T,), jnp.float32))]
-
-    def run(x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple:
-        return jax.value_and_grad(loss, argnums=(0, 1))(x, w, targets, weights)
-
-    return measure(run, shapes, chip=chip, occupancy={})
+def cross_entropy_cost(loss: Callable[..., Any], spec: cross_entropy_specs.Spec, chip: str) -> ProgramCost:
+    """Any function of a summed loss, with what it gives; only the first chunk finds no sum of the gradient."""
+    chunks = spec.T // cross_entropy_tiling(spec, chip).tokens
+    return measure(loss, spec.shapes(), chip=chip, occupancy={"cross_entropy": Occupancy(edge=1 / max(chunks, 1))})
 
 
-def naive_cross_entropy(x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    """All logits at once."""
-    return jnp.sum(cross_entropy_reference.linear_cross_entropy(x, w, targets) * weights)
+def cross_entropy_tiling(spec: cross_entropy_specs.Spec, chip: str) -> cross_entropy_tpu.Tiling:
+    """How our kernels cut it."""
+    with jax.set_mesh(topology.one_chip(chip)):
+        return cross_entropy_tpu.choose_tiling(spec.T, spec.D, spec.V)
 
 
-def tokenwise_cross_entropy(x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+def fused_cross_entropy(x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple:
+    """Our kernels, which add up the weight's gradient where it is to lie, in float32."""
+    return cross_entropy_tpu.losses_and_gradient(x, w, targets, weights, PLAIN)
+
+
+def summed_cross_entropy(x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple:
+    """As training calls it: the weight's gradient is rounded to the weight's precision."""
+    return jax.value_and_grad(cross_entropy.weighted_cross_entropy, argnums=(0, 1))(x, w, targets, weights)
+
+
+def tokenwise_cross_entropy(x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple:
     """Any cotangent a token."""
-    return jnp.sum(cross_entropy.linear_cross_entropy(x, w, targets) * weights)
+    def loss(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sum(cross_entropy.linear_cross_entropy(x, w, targets) * weights)
+
+    return jax.value_and_grad(loss, argnums=(0, 1))(x, w)
+
+
+def naive_cross_entropy(x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple:
+    """All logits at once."""
+    def loss(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sum(cross_entropy_reference.linear_cross_entropy(x, w, targets) * weights)
+
+    return jax.value_and_grad(loss, argnums=(0, 1))(x, w)
 
 
 def cross_entropy_table(chips: list[str], show: Callable[[str], None]) -> None:
-    """The summed loss, the loss of each token and the naive one."""
-    show(f"{'linear + cross-entropy, 16k x 4k x 131k':<42}{'chip':>6}{'ms':>8}  temporaries")
-    ways = {"a sum, its gradient with it": cross_entropy.weighted_cross_entropy,
+    """The kernels, the summed loss, the loss of each token and the naive one."""
+    spec = cross_entropy_specs.SPECS["16k x 4k x 131k"]
+    show(f"{'linear + cross-entropy, 16k x 4k x 131k':<42}{'chip':>6}{'ms':>8}{'of peak':>9}  temporaries")
+    ways = {"ours, the gradient in float32": fused_cross_entropy, "ours, as training calls it": summed_cross_entropy,
             "a loss for each token": tokenwise_cross_entropy, "naive": naive_cross_entropy}
     for name, loss in ways.items():
         for chip in chips:
-            cost = cross_entropy_cost(loss, chip)
-            show(f"{name:<42}{chip:>6}{cost.other_seconds * 1e3:>8.1f}  {cost.temp_bytes / 1e9:.2f} GB")
+            cost = cross_entropy_cost(loss, spec, chip)
+            tokens = cross_entropy_tiling(spec, chip).tokens
+            moved = {part: size / cost.chip.hbm_bandwidth for part, size in spec.moved_bytes(tokens).items()}
+            kernels = sum(max(cost.seconds(part), seconds) for part, seconds in moved.items() if cost.kernels)
+            seconds = cost.other_seconds + kernels * -(-spec.T // tokens)
+            show(f"{name:<42}{chip:>6}{seconds * 1e3:>8.1f}{spec.flops() / cost.chip.peak_flops / seconds:>9.0%}"
+                 f"  {cost.temp_bytes / 1e9:.3f} GB")
 
 
 TABLES = {"attention": attention_table, "cross_entropy": cross_entropy_table, "grouped_matmul": grouped_table,

@@ -3,7 +3,7 @@
 The cotangent of a sum is one number, so the derivative of each logit is known up to a factor while the logits are
 there: three products instead of the four that a loss per token takes (Hsu et al. 2024). A chunk of tokens at a time
 meets the whole vocabulary, and the weight's gradient is added up in float32; chunks are so long that the matmuls take
-longer than that sum.
+longer than that sum. On TPU by kernels of our own (`pallas_tpu.py`) where they fit.
 
 Letters: T tokens, C tokens of a chunk, I chunks, D model width, V (this shard's) vocabulary.
 """

@@ -26,6 +26,7 @@ PHASES = (("rematted_computation", "recomputation"), ("transpose(", "backward"),
 ATTENTION_PRODUCTS = (("dkv", 4), ("dq", 3), ("mha_fwd", 2), ("flash_attention", 2), ("splash", 2))
 
 ATTENTION_BLOCK = 512  # rows of a tile of our own kernel
+CROSS_ENTROPY_EDGE = 0.05  # of its tiles, the share that begins or ends a sum
 
 _COST = re.compile(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
 _BYTES = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"?(\d+)')
@@ -227,6 +228,8 @@ def occupancy(instruction: Instruction) -> bundles.Occupancy:
     if "grouped_matmul" in instruction.name:
         share = kernel_flops(instruction) / _grouped_flops(instruction)
         return bundles.Occupancy(live=share, edge=1 - share)
+    if "cross_entropy" in instruction.name:
+        return bundles.Occupancy(edge=CROSS_ENTROPY_EDGE)
     tables = [dims for dtype, dims in _operands(instruction) if dtype == "s8" and len(dims) == 3]
     num_tiles = max((max(dims[1:]) for dims in tables), default=1)
     return bundles.Occupancy(live=(num_tiles + 1) / (2 * num_tiles), edge=1 / num_tiles)
