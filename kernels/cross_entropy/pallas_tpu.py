@@ -36,7 +36,6 @@ def losses_and_gradient(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, 
     if x_TD.dtype != jnp.bfloat16 or w_DV.dtype != jnp.bfloat16:
         raise NotImplementedError(f"TPU cross-entropy: {x_TD.dtype} x {w_DV.dtype}, not bfloat16")
     local_T = targets_T - collectives.shard_index("tensor") * V
-
     C, num_chunks = tiling.tokens, -(-T // tiling.tokens)
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -46,29 +45,31 @@ def losses_and_gradient(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, 
         # Where chunks do not add up the first reaches into the second, which is to count there.
         weights_C = jnp.where(start + jnp.arange(C) < T - (num_chunks - i - 1) * C, weights_C, 0.0)
         found = exponentials(x_CD, w_DV, targets_C, terms=terms, tiling=tiling)
-        losses_C, log_z_C = _losses(found, V, terms)
-        tokens_CI = jnp.stack([
-            targets_C.astype(jnp.float32), log_z_C, weights_C * terms.slope(log_z_C),
-            weights_C * (1.0 - terms.smoothing),
-            weights_C * terms.smoothing / (V * collectives.manual_size("tensor"))], axis=1)  # fmt: skip
+        log_z_C, target_C, mean_C = _totals(found, vocab_size=V * collectives.manual_size("tensor"))
+        losses_C = weights_C * terms.losses(log_z_C, target_C, mean_C)
+        slope_C = terms.slope(log_z_C)
+        # Of a target that is nearly certain what is left of 1 is small: from its logit, not its rounded exponential.
+        at_target_C = slope_C * jnp.exp(target_C - log_z_C) - (1.0 - terms.smoothing)
+        everywhere_C = jnp.full(C, terms.smoothing / (V * collectives.manual_size("tensor")))
+        tokens_CI = jnp.stack([targets_C.astype(jnp.float32), log_z_C, weights_C * slope_C, weights_C * at_target_C,
+                               weights_C * everywhere_C], axis=1)
         dx_CD, dw_DV = add_gradient(dw_DV, x_CD, w_DV, found, tokens_CI, is_first=i == 0, softcap=terms.softcap,
                                     tiling=tiling)
-        return (lax.dynamic_update_slice_in_dim(losses_T, losses_C * weights_C, start, 0),
+        return (lax.dynamic_update_slice_in_dim(losses_T, losses_C, start, 0),
                 lax.dynamic_update_slice_in_dim(dx_TD, dx_CD, start, 0), dw_DV)
 
     empty = lax.empty((T,), jnp.float32), lax.empty(x_TD.shape, x_TD.dtype), lax.empty((D, V), jnp.float32)
     return lax.fori_loop(0, num_chunks, step, empty)
 
 
-def _losses(found: Exponentials, num_local: int, terms: Terms) -> tuple[jax.Array, jax.Array]:
-    """Losses before their weights, and the logarithms of the denominators over all shards of the vocabulary."""
+def _totals(found: Exponentials, *, vocab_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The logarithm of each token's denominator, its target's logit and the mean of all, over all shards."""
     tops_KCN = found.tops_KCN.astype(jnp.float32)
     top_C = collectives.max_over(jnp.max(tops_KCN, axis=(0, 2)), "tensor")
     own_sum_C = jnp.sum(found.sums_KCN * jnp.exp(tops_KCN - top_C[None, :, None]), axis=(0, 2))
     own_target_C, own_total_C = jnp.moveaxis(jnp.sum(found.totals_KCI[:, :, :2], axis=0), 1, 0)
     sum_C, target_C, total_C = collectives.sum_over(jnp.stack([own_sum_C, own_target_C, own_total_C]), ("tensor",))
-    log_z_C = top_C + jnp.log(sum_C)
-    return terms.losses(log_z_C, target_C, total_C / (num_local * collectives.manual_size("tensor"))), log_z_C
+    return top_C + jnp.log(sum_C), target_C, total_C / vocab_size
 
 
 def choose_tiling(num_tokens: int, width: int, vocab_size: int) -> Tiling:

@@ -117,10 +117,10 @@ def _second_kernel(is_first: Any, x: Any, w: Any, scaled: Any, tops: Any, tokens
 
     lane = lax.broadcasted_iota(jnp.int32, tops.shape, 1)
     top_C1 = jnp.sum(jnp.where(lane == tile, tops[...].astype(jnp.float32), 0.0), axis=1, keepdims=True)
-    targets_C1, log_z_C1, slope_C1, wanted_C1, spread_C1 = (tokens[:, i:i + 1] for i in range(5))
+    targets_C1, log_z_C1, slope_C1, at_target_C1, everywhere_C1 = (tokens[:, i:i + 1] for i in range(5))
     kept = scaled[...].astype(jnp.float32)
     hits = _hits(targets_C1, _first_column(tiles, w.shape[1]), kept.shape)
-    derivative = kept * (jnp.exp(top_C1 - log_z_C1) * slope_C1) - jnp.where(hits, wanted_C1, 0.0) - spread_C1
+    derivative = jnp.where(hits, at_target_C1, kept * (jnp.exp(top_C1 - log_z_C1) * slope_C1)) - everywhere_C1
     if softcap:  # of what became 0 the logit is too high by next to nothing, and only smoothed labels ask for it
         logits = top_C1 + jnp.log(jnp.maximum(kept, jnp.finfo(jnp.float32).tiny))
         derivative *= 1.0 - jnp.square(logits / softcap)
@@ -141,8 +141,8 @@ def add_gradient(dw_DV: jax.Array, x_CD: jax.Array, w_DV: jax.Array, found: Expo
                  is_first: jax.Array, softcap: float, tiling: Tiling) -> tuple[jax.Array, jax.Array]:
     """The chunk's (C, D) and, in float32, the sum of the chunk's and `dw_DV`, which the first finds empty.
 
-    `tokens_CI`: of each token its target, the logarithm of the denominator, what the softmax is multiplied by, what is
-    taken off at the target and what is taken off everywhere.
+    `tokens_CI`: of each token its target, the logarithm of the denominator, what the softmax is multiplied by, the
+    derivative by the target's logit, and what is taken off everywhere.
     """
     (C, D), V, K, B = x_CD.shape, w_DV.shape[1], tiling.cores, tiling.columns
     N = V // B // K

@@ -161,6 +161,13 @@ def test_the_tpu_kernels_with_the_vocabulary_split(interpreted: None) -> None:
     close(found[2], whole[2])
 
 
+def test_what_is_left_of_a_certain_target_is_not_rounded_away(interpreted: None) -> None:
+    _, w_DV, targets_T, weights_T = large_inputs(16, 128, 512)
+    x_TD = 0.15 * w_DV[:, targets_T].T  # logits of about twenty, others of one or two
+    assert reference.linear_cross_entropy(x_TD, w_DV, targets_T).max() < 0.01
+    compare_with_the_plain_sum((x_TD, w_DV, targets_T, weights_T), api.PLAIN)
+
+
 def test_logits_beyond_every_exponential_stay_finite(interpreted: None) -> None:
     x_TD, w_DV, targets_T, weights_T = large_inputs(16, 128, 512)
     x_TD = 30 * x_TD  # logits of a thousand, far apart from tile to tile
