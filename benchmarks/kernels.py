@@ -263,8 +263,8 @@ def budgets(chips: list[str]) -> dict[str, Any]:
 
 def cross_entropy_cost(loss: Callable[..., Any], spec: cross_entropy_specs.Spec, chip: str) -> ProgramCost:
     """Any function of a summed loss, with what it gives; only the first chunk finds no sum of the gradient."""
-    chunks = spec.T // cross_entropy_tiling(spec, chip).tokens
-    return measure(loss, spec.shapes(), chip=chip, occupancy={"cross_entropy": Occupancy(edge=1 / max(chunks, 1))})
+    chunks = -(-spec.T // cross_entropy_tiling(spec, chip).tokens)
+    return measure(loss, spec.shapes(), chip=chip, occupancy={"cross_entropy": Occupancy(edge=1 / chunks)})
 
 
 def cross_entropy_tiling(spec: cross_entropy_specs.Spec, chip: str) -> cross_entropy_tpu.Tiling:
@@ -309,9 +309,10 @@ def cross_entropy_table(chips: list[str], show: Callable[[str], None]) -> None:
         for chip in chips:
             cost = cross_entropy_cost(loss, spec, chip)
             tokens = cross_entropy_tiling(spec, chip).tokens
-            moved = {part: size / cost.chip.hbm_bandwidth for part, size in spec.moved_bytes(tokens).items()}
-            kernels = sum(max(cost.seconds(part), seconds) for part, seconds in moved.items() if cost.kernels)
-            seconds = cost.other_seconds + kernels * -(-spec.T // tokens)
+            seconds = cost.other_seconds
+            if cost.kernels:
+                seconds += -(-spec.T // tokens) * sum(max(cost.seconds(part), moved / cost.chip.hbm_bandwidth)
+                                                      for part, moved in spec.moved_bytes(tokens).items())
             show(f"{name:<42}{chip:>6}{seconds * 1e3:>8.1f}{spec.flops() / cost.chip.peak_flops / seconds:>9.0%}"
                  f"  {cost.temp_bytes / 1e9:.3f} GB")
 

@@ -43,7 +43,8 @@ def local_machine(dtype: str) -> tuple[Machine, str]:
         return Machine(peak, memory, link, (len(devices),), wraps=True), (
             f"peak of {devices[0].device_kind} as published")
     machine = measured_machine(dtype)
-    return machine, f"a matrix product measured {machine.peak_flops * len(jax.local_devices()) / 1e9:.0f} GFLOP/s"
+    rate = machine.peak_flops * len(jax.local_devices())
+    return machine, f"bandwidths measured, and a matrix product: {rate / 1e9:.0f} GFLOP/s"
 
 
 def compare(predicted: dict[str, Any], *, tokens_per_step: int, tokens_per_second: float | None,

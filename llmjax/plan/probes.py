@@ -17,6 +17,7 @@ from llmjax.plan.speed import Machine
 AXIS = "data"  # of the mesh that is probed
 SQUARE = 1024  # rows and columns of a product
 BLOCK = (512, 512)  # numbers of a device that are read, laid out anew and summed
+NETWORK_BANDWIDTH = 1.25e9  # bytes/s, 10 Gbit/s
 CHAIN = 8  # collectives of one run, so that its own start is small beside them
 RUNS = 10
 
@@ -33,7 +34,7 @@ def measured_machine(dtype: str) -> Machine:
             peak_flops=product_rate / len(devices),
             memory_bandwidth=2 * _bytes() / _on_all(mesh, lambda x_MN: x_MN * 1.5 + 1.0, BLOCK),
             operand_bandwidth=_bytes() / _on_all(mesh, lambda x_MN: x_MN.T, BLOCK),
-            link_bandwidth=exchange, latency=latency, dims=(len(devices),), wraps=False,
+            link_bandwidth=exchange, latency=latency, dims=(jax.device_count(),), wraps=False,
         )  # fmt: skip
 
 
@@ -51,8 +52,8 @@ def _sums(mesh: Mesh) -> tuple[float, float]:
             x_MN = collectives.sum_over(x_MN, (AXIS,)) / mesh.size
         return x_MN
 
-    if mesh.size == 1:
-        return 0.0, math.inf
+    if mesh.size == 1:  # others, if there are any, are behind a network
+        return 0.0, NETWORK_BANDWIDTH
     latency = _on_all(mesh, chain, (1, 1)) / CHAIN
     moved = 2 * (mesh.size - 1) / mesh.size * _bytes()
     return latency, moved / max(_on_all(mesh, chain, BLOCK) / CHAIN - latency, 1e-9)

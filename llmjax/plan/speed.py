@@ -1,7 +1,8 @@
 """The analytic model of a step's time, in seconds of one chip, with which the search ranks before anything compiles.
 
 Matrix products at a share of the peak, attention at a lower one, every collective exposed at the bandwidth of the
-torus links that its mesh axis can use: pessimistic about overlap, the same for all candidates.
+torus links that its mesh axis can use: pessimistic about overlap, the same for all candidates. On CPUs what goes into
+products is laid out anew, and collectives take time to begin (see `plan/probes.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from llmjax.models.flops import flops_per_token, num_matmul_params, num_params
 from llmjax.plan.chips import Chip
 from llmjax.plan.memory import FULL, Layout
 
+PRODUCTS = 7  # of a layer: queries, keys, values, output; gate, up, down
 MATMUL_EFFICIENCY, ATTENTION_EFFICIENCY = 0.85, 0.5  # of the peak, as compiled steps came out
 # Forward passes a step runs again, as a share of one: matrix products, attention.
-PRODUCTS = 7  # of a layer: queries, keys, values, output; gate, up, down
 RECOMPUTED = {"none": (0.0, 0.0), "save_matmuls": (0.0, 1.0)}
 
 
@@ -119,7 +120,10 @@ def _sums(layout: Layout) -> int:
 
 
 def _collectives(layout: Layout) -> int:
-    """Of a step: a sum is a gather and a scatter, a parameter is gathered and its gradient scattered."""
+    """Of a step, all stages: a sum is a gather and a scatter, a parameter is gathered and its gradient scattered.
+
+    Gradients of what is replicated are one sum, and count for nothing.
+    """
     gathers = (1 if layout.remat == "none" else 2) * (layout.sizes["fsdp"] > 1 and layout.shard == "parameters")
     parameters = PRODUCTS * layout.model.num_layers + 2
     a_pass = (gathers + bool(gathers)) * parameters + (2 * _sums(layout) if layout.tensor > 1 else 0)

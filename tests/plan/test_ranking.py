@@ -64,7 +64,7 @@ def prepare(config: Config) -> Callable[[], None]:
 
 
 def best_seconds(steps: Sequence[Callable[[], None]]) -> list[tuple[float, float]]:
-    """Of each, in odd and in even rounds: rounds, so that whatever else the machine does disturbs all alike."""
+    """Of each, in even and in odd rounds: rounds, so that whatever else the machine does disturbs all alike."""
     best = [[math.inf, math.inf] for _ in steps]
     for round_ in range(2 * ROUNDS + 1):
         for number, step in enumerate(steps):
@@ -72,7 +72,7 @@ def best_seconds(steps: Sequence[Callable[[], None]]) -> list[tuple[float, float
             step()
             if round_:  # the first one warms up
                 best[number][round_ % 2] = min(best[number][round_ % 2], time.perf_counter() - began)
-    return [(odd, even) for odd, even in best]
+    return [(even, odd) for even, odd in best]
 
 
 @pytest.mark.alone
