@@ -86,7 +86,7 @@ def choose_tiling(num_tokens: int, width: int, vocab_size: int) -> Tiling:
         raise NotImplementedError(f"TPU cross-entropy: {num_tokens} tokens, {width} x {vocab_size}: not multiples of "
                                   f"{SUBLANES} and {LANES}")
     cores, vmem = _cores_and_vmem()
-    dividing = [columns for columns in COLUMNS if vocab_size % columns == 0]
+    dividing = [columns for columns in COLUMNS if vocab_size % columns == 0 and vocab_size // columns >= cores]
     even = [columns for columns in dividing if vocab_size % (columns * cores) == 0]
     # Of a token the exponentials, and three times its width for each core: so the compiler lays them out.
     most = min(CHUNK_BYTES // (2 * vocab_size + 6 * width * cores), num_tokens)

@@ -66,22 +66,24 @@ def _tile(k: jax.Array, n: jax.Array, tiles: int, vocab_size: int, columns: int)
     return jnp.minimum(k * tiles + n, vocab_size // columns - 1)
 
 
-def _on_tiles(body: Callable[[], None], tiles: int, num_tiles: int) -> None:
+def _on_tiles(body: Callable[[], None], number: jax.Array, tiles: int, num_tiles: int) -> None:
     """Run a kernel's body unless this core has done all of its tiles."""
     if num_tiles % tiles:
-        pl.when(pl.program_id(0) * tiles + pl.program_id(1) < num_tiles)(body)
+        pl.when(number < num_tiles)(body)
     else:
         body()
 
 
-def _hits(targets_C1: jax.Array, tiles: int, shape: tuple[int, ...]) -> jax.Array:
-    first = ((pl.program_id(0) * tiles + pl.program_id(1)) * shape[1]).astype(jnp.float32)
-    return targets_C1 == first + lax.broadcasted_iota(jnp.int32, shape, 1).astype(jnp.float32)
+def _hits(targets_C1: jax.Array, number: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Which column of a tile, by its number among all cores', is each token's target."""
+    columns = number * shape[1] + lax.broadcasted_iota(jnp.int32, shape, 1)
+    return targets_C1 == columns.astype(jnp.float32)
 
 
 def _first_kernel(x: Any, w: Any, targets: Any, scaled: Any, tops: Any, sums: Any, totals: Any, *, terms: Terms,
                   tiles: int, num_tiles: int) -> None:
     tile = pl.program_id(1)
+    number = pl.program_id(0) * tiles + tile
 
     @pl.when(tile == 0)
     def _() -> None:
@@ -97,13 +99,13 @@ def _first_kernel(x: Any, w: Any, targets: Any, scaled: Any, tops: Any, sums: An
         scaled[...] = scaled_CB.astype(scaled.dtype)
         _place(tops, tile, top_C1)
         _place(sums, tile, jnp.sum(scaled_CB, axis=1, keepdims=True))
-        hits = _hits(targets[...], tiles, logits.shape)
+        hits = _hits(targets[...], number, logits.shape)
         found_C1 = jnp.sum(jnp.where(hits, logits, 0.0), axis=1, keepdims=True)
         total_C1 = jnp.sum(logits, axis=1, keepdims=True) if terms.smoothing else jnp.zeros_like(found_C1)
         lane = lax.broadcasted_iota(jnp.int32, totals.shape, 1)
         totals[...] += jnp.where(lane == 0, found_C1, jnp.where(lane == 1, total_C1, 0.0))
 
-    _on_tiles(body, tiles, num_tiles)
+    _on_tiles(body, number, tiles, num_tiles)
 
 
 def exponentials(x_CD: jax.Array, w_DV: jax.Array, targets_C: jax.Array, *, terms: Terms,
@@ -131,6 +133,7 @@ def exponentials(x_CD: jax.Array, w_DV: jax.Array, targets_C: jax.Array, *, term
 def _second_kernel(is_first: Any, x: Any, w: Any, scaled: Any, tops: Any, tokens: Any, before: Any, dx: Any, dw: Any,
                    total: Any, *, softcap: float, tiles: int, num_tiles: int) -> None:
     tile = pl.program_id(1)
+    number = pl.program_id(0) * tiles + tile
 
     @pl.when(tile == 0)
     def _() -> None:
@@ -141,7 +144,7 @@ def _second_kernel(is_first: Any, x: Any, w: Any, scaled: Any, tops: Any, tokens
         def _() -> None:  # the sum is not begun, and its memory holds anything
             before[...] = jnp.zeros(before.shape, before.dtype)
 
-        derivative = _derivative(scaled, tops, tokens, softcap=softcap, tiles=tiles).astype(w.dtype)
+        derivative = _derivative(scaled, tops, tokens, tile, number, softcap=softcap).astype(w.dtype)
         for start in range(0, w.shape[0], ROWS):
             rows = slice(start, min(start + ROWS, w.shape[0]))
             total[:, rows] += lax.dot_general(derivative, w[rows, :], (((1,), (1,)), ((), ())),
@@ -149,24 +152,25 @@ def _second_kernel(is_first: Any, x: Any, w: Any, scaled: Any, tops: Any, tokens
             dw[rows, :] = before[rows, :] + lax.dot_general(x[rows, :], derivative, (((1,), (0,)), ((), ())),
                                                             preferred_element_type=jnp.float32)
 
-    _on_tiles(body, tiles, num_tiles)
+    _on_tiles(body, number, tiles, num_tiles)
 
     @pl.when(tile == tiles - 1)
     def _() -> None:
         dx[...] = total[...].astype(dx.dtype)
 
 
-def _derivative(scaled: Any, tops: Any, tokens: Any, *, softcap: float, tiles: int) -> jax.Array:
+def _derivative(scaled: Any, tops: Any, tokens: Any, tile: jax.Array, number: jax.Array, *,
+                softcap: float) -> jax.Array:
     """Of the losses' sum by this tile's products of rows and columns."""
     lane = lax.broadcasted_iota(jnp.int32, tops.shape, 1)
-    top_C1 = jnp.sum(jnp.where(lane == pl.program_id(1), tops[...], 0.0), axis=1, keepdims=True)
+    top_C1 = jnp.sum(jnp.where(lane == tile, tops[...], 0.0), axis=1, keepdims=True)
     targets_C1, log_z_C1, slope_C1, at_target_C1, everywhere_C1 = (tokens[:, i:i + 1] for i in range(NUM_FIELDS))
     kept = scaled[...].astype(jnp.float32)
     derivative = kept * (jnp.exp(top_C1 - log_z_C1) * slope_C1) - everywhere_C1
     if softcap:  # where an exponential became 0 its logit comes out too high, but its share is 0 too
         logits = top_C1 + jnp.log(jnp.maximum(kept, jnp.finfo(jnp.float32).tiny))
         derivative *= jnp.maximum(1.0 - jnp.square(logits / softcap), 0.0)
-    return jnp.where(_hits(targets_C1, tiles, kept.shape), at_target_C1, derivative)
+    return jnp.where(_hits(targets_C1, number, kept.shape), at_target_C1, derivative)
 
 
 def add_gradient(dw_DV: jax.Array, x_CD: jax.Array, w_DV: jax.Array, found: Exponentials, tokens_CF: jax.Array, *,

@@ -27,7 +27,6 @@ import json, re, sys
 from llmjax.core.platform import prepare
 prepare()
 from llmjax.plan import topology
-topology.prepare()
 import jax, jax.numpy as jnp
 from llmjax.core import config
 from llmjax.core.mesh import make_mesh
