@@ -128,8 +128,13 @@ def _routing(out: LossOutput) -> dict[str, np.ndarray]:
 
 
 def compare(found: Measured, wanted: Measured, *, mesh: str, seconds: float) -> Row:
-    """The differences, relative to what one device gives."""
-    worst = {"/".join(path): float(np.abs(found.gradients[path] - leaf).max() / max(np.abs(leaf).max(), 1e-30))
+    """The differences, relative to what one device gives.
+
+    A gradient below the rounding of the largest one is none: a bias of keys has nothing but rounding.
+    """
+    largest = {path: float(np.abs(leaf).max()) for path, leaf in wanted.gradients.items()}
+    floor = max(float(np.finfo(np.float32).eps) * max(largest.values()), 1e-30)
+    worst = {"/".join(path): float(np.abs(found.gradients[path] - leaf).max() / max(largest[path], floor))
              for path, leaf in wanted.gradients.items()}
     name = max(worst, key=lambda path: worst[path])
     routing = [float(np.abs(found.routing[key] - value).max() / max(np.abs(value).max(), 1.0))

@@ -28,7 +28,7 @@ LANES = 128
 BATCH_ARRAYS = 6  # of 4 bytes a token
 LOGITS_BYTES = 2 * 128 * 2**20  # float32 logits of a chunk, and their derivative
 EXPERT_ARRAYS = 8.5  # of the room for rows, as wide as model and experts: in compiled steps of Mixtral and DeepSeek-V3
-TABLES_AT_ONCE = 1.75  # gradients of embedding and output projection, in compiled steps of Llama and OLMo
+TABLES_AT_ONCE = 1.6  # gradients of embedding and output projection, in compiled steps of Llama and OLMo
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,6 +121,17 @@ def test_the_command_exits_1_when_a_mesh_is_out_of_tolerance(
     assert cli.main(command) == 0
 
 
+def test_what_is_nothing_but_rounding_is_no_difference() -> None:
+    def measured(of_keys: float, of_queries: float) -> Measured:
+        gradients = {("kernel",): np.ones(2), ("k_bias",): np.full(2, of_keys), ("q_bias",): np.full(2, of_queries)}
+        return Measured(np.ones(1), 1.0, gradients, 4, 4)
+
+    wanted = measured(1e-12, 1e-5)
+    assert compare(measured(-3e-12, 1e-5), wanted, mesh="", seconds=0.0).passes
+    row = compare(measured(1e-12, 1.01e-5), wanted, mesh="", seconds=0.0)
+    assert row.worst_parameter == "q_bias" and not row.passes
+
+
 SMALLER = ("model.dim=32", "model.head_dim=8", "model.mlp_dim=64", "tokenizer.vocab_size=260", "data.batch_size=8",
            "data.seq_len=32")  # fmt: skip
 
