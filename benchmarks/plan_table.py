@@ -3,7 +3,8 @@
     python benchmarks/plan_table.py                          # the table of what is already compiled
     python benchmarks/plan_table.py --compile=llama3_8b      # compile its points first: minutes each
 
-plan_table.txt is what it printed last.
+plan_table.txt is what it printed last. A point stays as it was compiled until it is compiled anew: those of Mixtral,
+of two microbatches and "overlapped" are of the step before the loss had kernels of its own.
 
 Every figure is an estimate of the TPU compiler; nothing ran on a chip. MaxText's rows (August 2026, pure FSDP, splash
 attention, AdamW in float32, bfloat16 compute, libtpu 0.0.42.1, the same as ours) were counted from its scheduled

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from llmjax.core import collectives
+from llmjax.core.collectives import ShardedWeight
 from llmjax.kernels.cross_entropy import xla
 from llmjax.kernels.cross_entropy.terms import PLAIN, Terms
 from llmjax.kernels.cross_entropy.weighted import weighted_sum
@@ -24,7 +27,7 @@ def slice_width(num_tokens: int, vocab_size: int) -> int:
     return -(-vocab_size // num_slices // LANES) * LANES
 
 
-def weighted_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, weights_T: jax.Array, *,
+def weighted_cross_entropy(x_TD: jax.Array, w_DV: jax.Array | ShardedWeight, targets_T: jax.Array, weights_T: jax.Array, *,
                            bias_V: jax.Array | None = None, terms: Terms = PLAIN) -> jax.Array:
     """Sum over tokens of weight times loss, float32, whose gradient for `x_TD`, `w_DV` and `bias_V` is made with it.
 
@@ -33,15 +36,18 @@ def weighted_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Arra
     share of the target's weight is spread over the whole vocabulary.
 
     Inside a manual region whose tensor axis splits the vocabulary, `w_DV` is this device's share of it, in order, and
-    the tokens and the sum are its own. First derivatives only.
+    the tokens and the sum are its own. A weight that is yet to be gathered gets its gradient as it is added up, in
+    float32, and scattered before the sum is known. First derivatives only.
     """
     if x_TD.dtype == jnp.float16:  # the scale of the loss comes after its gradient was rounded
-        x_TD, w_DV = x_TD.astype(jnp.float32), w_DV.astype(jnp.float32)
+        x_TD = x_TD.astype(jnp.float32)
     if bias_V is not None:  # one more feature, which is always one
         x_TD = jnp.pad(x_TD, ((0, 0), (0, 1)), constant_values=1)
+        w_DV = w_DV.gathered() if isinstance(w_DV, ShardedWeight) else w_DV
         w_DV = jnp.concatenate([w_DV, bias_V[None].astype(w_DV.dtype)])
     x_TD, targets_T, weights_T = (collectives.enter_tensor(a, dim=0) for a in (x_TD, targets_T, weights_T))
-    return weighted_sum(x_TD, w_DV, targets_T, weights_T, terms)
+    weight = w_DV if isinstance(w_DV, ShardedWeight) else ShardedWeight(w_DV)
+    return weighted_sum(x_TD, dataclasses.replace(weight, dtype=x_TD.dtype.name), targets_T, weights_T, terms)
 
 
 def linear_cross_entropy(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, *, softcap: float = 0.0) -> jax.Array:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llmjax.core import collectives
+from llmjax.core.collectives import ShardedWeight
 from llmjax.core.mesh import for_tpu
 from llmjax.kernels.cross_entropy.terms import Terms
 
@@ -32,19 +33,23 @@ def chunk_length(num_tokens: int, vocab_size: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def weighted_sum(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, weights_T: jax.Array,
+def weighted_sum(x_TD: jax.Array, weight: ShardedWeight, targets_T: jax.Array, weights_T: jax.Array,
                  terms: Terms) -> jax.Array:
     """See `api.weighted_cross_entropy`; tokens of all shards of the tensor axis, of whose losses each adds its own."""
+    w_DV = weight.gathered()
     chunks = _chunks(x_TD, targets_T, weights_T, w_DV.shape[1])
     losses_IC = lax.map(lambda chunk: _Logits(w_DV, terms, *chunk).losses_C, chunks)
     return jnp.sum(collectives.own_share(losses_IC.reshape(-1)[:x_TD.shape[0]], dim=0))
 
 
-def _forward(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, weights_T: jax.Array,
-             terms: Terms) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The sum, and its gradient for `x_TD` and `w_DV` in their dtypes."""
-    losses_T, dx_TD, dw_DV = _losses_and_gradient(x_TD, w_DV, targets_T, weights_T, terms)
-    return jnp.sum(collectives.own_share(losses_T, dim=0)), (dx_TD, dw_DV.astype(w_DV.dtype))
+def _forward(x_TD: jax.Array, weight: ShardedWeight, targets_T: jax.Array, weights_T: jax.Array,
+             terms: Terms) -> tuple[jax.Array, tuple[jax.Array, ShardedWeight]]:
+    """The sum, and its gradient for `x_TD` and `weight` in their dtypes.
+
+    The whole weight's gradient does not outlive this: what waits for the backward pass is the shard's.
+    """
+    losses_T, dx_TD, dw_DV = _losses_and_gradient(x_TD, weight.gathered(), targets_T, weights_T, terms)
+    return jnp.sum(collectives.own_share(losses_T, dim=0)), (dx_TD, weight.scattered(dw_DV))
 
 
 def _losses_and_gradient(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, weights_T: jax.Array,
@@ -70,10 +75,10 @@ def _losses_and_gradient(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array,
     return losses_IC.reshape(-1)[:T], dx_ICD.reshape(-1, D)[:T], dw_DV
 
 
-def _backward(terms: Terms, gradient: tuple[jax.Array, jax.Array],
-              grad: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
-    dx_TD, dw_DV = ((grad * one.astype(jnp.float32)).astype(one.dtype) for one in gradient)
-    return dx_TD, dw_DV, None, None
+def _backward(terms: Terms, gradient: tuple[jax.Array, ShardedWeight],
+              grad: jax.Array) -> tuple[jax.Array, ShardedWeight, None, None]:
+    dx_TD, dweight = jax.tree.map(lambda one: (grad * one.astype(jnp.float32)).astype(one.dtype), gradient)
+    return dx_TD, dweight, None, None
 
 
 weighted_sum.defvjp(_forward, _backward)

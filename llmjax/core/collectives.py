@@ -7,7 +7,7 @@ Because every derivative is written here, no differentiated code holds a bare `p
 Between the tensor-parallel regions of a model each tensor shard holds its own tokens (Korthikanti et al. 2022, section
 4.2.2): `enter_tensor` gathers them, `leave_tensor` reduce-scatters partial results. Outside of the regions a parameter
 is thus used by every shard for its own tokens, inside of them for its own heads or columns: where it is replicated,
-its gradients are shares everywhere, and added up once a step. `gather` is the weight gather of FSDP (Zhao et al. 2023).
+its gradients are shares everywhere, and added up once a step. `ShardedWeight` is what FSDP gathers (Zhao et al. 2023).
 
 Dtypes: gradients of weights, losses and statistics are summed in float32; activations of a tensor-parallel region and
 their derivatives in compute precision, the one in which their shards' matmuls leave them.
@@ -15,6 +15,7 @@ their derivatives in compute precision, the one in which their shards' matmuls l
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -111,16 +112,42 @@ def _gather_bwd(dims: ShardedDims, dtype: str, like: jax.Array, grad: jax.Array)
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def gather(weight: jax.Array, spec: PartitionSpec, *, shape: Sequence[int], dtype: str) -> jax.Array:
-    """A weight in compute precision, whole along the dims that fsdp axes shard; tensor-parallel dims stay local.
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["shard"], meta_fields=["dims", "dtype", "transposed"])
+@dataclasses.dataclass(frozen=True)
+class ShardedWeight:
+    """A weight of which a device holds a shard, and which is whole only where it is used.
 
-    Its derivative is reduce-scattered back onto the shards, axis by axis, in float32. A dim that has the size of the
-    whole weight's `shape` is not sharded in this layout.
+    A function that knows its derivative may take it as it is: it calls `gathered` and gives back `scattered`.
+    """
+
+    shard: jax.Array
+    dims: ShardedDims = ()  # that fsdp axes split
+    dtype: str = "float32"  # to compute in
+    transposed: bool = False
+
+    def transpose(self) -> ShardedWeight:
+        """The matrix the other way round; its shard stays as it lies."""
+        return dataclasses.replace(self, transposed=not self.transposed)
+
+    def gathered(self) -> jax.Array:
+        """The whole of it in compute precision; its derivative is reduce-scattered, axis by axis, in float32."""
+        whole = _gather(self.shard, self.dims, self.dtype) if self.dims else self.shard.astype(self.dtype)
+        return whole.T if self.transposed else whole
+
+    def scattered(self, grad: jax.Array) -> ShardedWeight:
+        """From each device's gradient of the whole to the shard's, summed, in its place."""
+        (shard,) = _gather_bwd(self.dims, self.dtype, self.shard, grad.T if self.transposed else grad)
+        return dataclasses.replace(self, shard=shard)
+
+
+def sharded_weight(shard: jax.Array, spec: PartitionSpec, *, shape: Sequence[int], dtype: str) -> ShardedWeight:
+    """What is to be whole along the dims that fsdp axes shard; tensor-parallel dims stay local.
+
+    A dim that has the size of the whole weight's `shape` is not sharded in this layout.
     """
     sharded = [(dim, split_axes([axis for axis in mesh_axes(entry) if axis in FSDP_AXES]))
-               for dim, entry in enumerate(spec) if weight.shape[dim] < shape[dim]]
-    dims = tuple((dim, axes) for dim, axes in sharded if axes)
-    return _gather(weight, dims, dtype) if dims else weight.astype(dtype)
+               for dim, entry in enumerate(spec) if shard.shape[dim] < shape[dim]]
+    return ShardedWeight(shard, tuple((dim, axes) for dim, axes in sharded if axes), dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from llmjax.core import axes as axes_lib
 from llmjax.core import collectives
+from llmjax.core.collectives import ShardedWeight
 from llmjax.core.model_sections import ModelConfig
 from llmjax.core.task import Params
 from llmjax.models import parametrisation, pipeline
@@ -33,7 +34,7 @@ from llmjax.models.layers import Embedder
 from llmjax.models.multi_token import AheadOutput, Depth, run_depths
 from llmjax.models.noise import Noise, dropout
 from llmjax.models.norm import Norm
-from llmjax.models.param import logical_axes, stack, weight
+from llmjax.models.param import logical_axes, sharded, stack, weight
 from llmjax.models.stack import Execution, run_here
 
 EMBEDDING_SITE = 0  # of the randomness outside of the layers
@@ -117,11 +118,11 @@ class Decoder(LayerStack):
                           embed=lambda tokens_BT: self.embed(tokens_BT, batch["positions_BT"], noise),
                           first_layer=self.config.num_layers + 1, execution=execution)
 
-    def head_kernel(self) -> jax.Array:
-        """The output projection, (D, V), in compute precision."""
+    def head_kernel(self) -> ShardedWeight:
+        """The output projection, (D, V), to be gathered in compute precision."""
         if self.config.embeddings == "untied":
-            return weight(self.head.kernel, self.config.compute_dtype)
-        return weight(self.embedder.table, self.config.compute_dtype).T
+            return sharded(self.head.kernel, self.config.compute_dtype)
+        return sharded(self.embedder.table, self.config.compute_dtype).transpose()
 
     def head_bias_V(self) -> jax.Array | None:
         """What is added to the logits, in compute precision."""
@@ -262,8 +263,8 @@ def look_ahead(model: Model, params: Params, hidden_BTD: jax.Array, batch: Mappi
     return nnx.merge(model.graphdef, params).look_ahead(hidden_BTD, batch, noise=noise, execution=execution)
 
 
-def head_kernel(model: Model, params: Params) -> jax.Array:
-    """The output projection (D, V) in compute precision; tensor-parallel meshes hold a share of V."""
+def head_kernel(model: Model, params: Params) -> ShardedWeight:
+    """The output projection (D, V), to be gathered in compute precision; tensor-parallel meshes hold a share of V."""
     return nnx.merge(model.graphdef, params).head_kernel()
 
 
@@ -274,7 +275,7 @@ def head_bias(model: Model, params: Params) -> jax.Array | None:
 
 def logits(model: Model, params: Params, hidden_BTD: jax.Array) -> jax.Array:
     """Logits (B, T, V) in float32."""
-    kernel_DV, bias_V = head_kernel(model, params), head_bias(model, params)
+    kernel_DV, bias_V = head_kernel(model, params).gathered(), head_bias(model, params)
     logits_BTV = jnp.einsum("BTD,DV->BTV", collectives.enter_tensor(hidden_BTD), kernel_DV,
                             preferred_element_type=jnp.float32)
     if bias_V is not None:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from llmjax.core import axes as axes_lib
 from llmjax.core import collectives, tree
+from llmjax.core.collectives import ShardedWeight
 from llmjax.core.model_sections import ModelConfig
 
 Initializer = Callable[..., jax.Array]
@@ -22,14 +23,19 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], *, axes: axes_lib.Axes, init: 
     return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes, declared=shape)
 
 
-def weight(variable: nnx.Param, dtype: str) -> jax.Array:
-    """A parameter ready for a matmul: in compute precision, gathered over the axes that shard it.
+def sharded(variable: nnx.Param, dtype: str) -> ShardedWeight:
+    """A parameter that is to be gathered, in compute precision, over the axes that shard it.
 
     Experts stay where they are: tokens go to them.
     """
     axes = tuple(None if axis == "expert" else axis for axis in variable.axes)
     spec = axes_lib.spec(axes, axes_lib.PARAM_RULES)
-    return collectives.gather(variable.get_value(), spec, shape=variable.declared, dtype=dtype)
+    return collectives.sharded_weight(variable.get_value(), spec, shape=variable.declared, dtype=dtype)
+
+
+def weight(variable: nnx.Param, dtype: str) -> jax.Array:
+    """A parameter ready for a matmul: gathered, in compute precision."""
+    return sharded(variable, dtype).gathered()
 
 
 def output_init(config: ModelConfig) -> Initializer:

@@ -77,8 +77,9 @@ def judge(model: Model, params: Params, batch: Mapping[str, jax.Array], *, execu
     rows = {name: batch[f"{name}_BPT"].reshape(B * P, T) for name in ("tokens", "positions", "segment_ids")}
     out = forward(model, params, rows["tokens"], positions_BT=rows["positions"], segment_ids_BT=rows["segment_ids"],
                   execution=execution)
-    nll_T = cross_entropy.linear_cross_entropy(out.hidden_BTD.reshape(B * P * T, -1), head_kernel(model, params),
-                                               batch["targets_BPT"].reshape(-1), softcap=model.config.logit_softcap)
+    nll_T = cross_entropy.linear_cross_entropy(
+        out.hidden_BTD.reshape(B * P * T, -1), head_kernel(model, params).gathered(),
+        batch["targets_BPT"].reshape(-1), softcap=model.config.logit_softcap)  # fmt: skip
     own_BP = -jnp.sum(nll_T.reshape(B, P, T) * batch["weights_BPT"], axis=-1)
     return Judgement(collectives.add_over(own_BP, SEQUENCE_AXES), out.aux)
 

@@ -22,7 +22,7 @@ def test_a_gathered_weights_gradient_is_the_sum_of_all_shards(shape: tuple[int, 
 
     def local(weight: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
         def scalar(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-            whole = collectives.gather(weight, spec, shape=shape, dtype="float32")
+            whole = collectives.sharded_weight(weight, spec, shape=shape, dtype="float32").gathered()
             return jnp.sum(whole * factor[0]), whole
 
         grad, whole = jax.grad(scalar, has_aux=True)(weight)

@@ -91,14 +91,14 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def large_inputs(num_tokens: int, width: int, vocab_size: int, seed: int = 0) -> tuple[jax.Array, ...]:
-    """Logits of a few tens, and targets that are the likeliest word for half of the tokens."""
+    """Logits of a few tens, targets that are the likeliest word for half of the tokens, weights of either sign."""
     keys = jax.random.split(jax.random.key(seed), 4)
     x_TD = jax.random.normal(keys[0], (num_tokens, width), jnp.bfloat16)
     w_DV = jax.random.normal(keys[1], (width, vocab_size), jnp.bfloat16)
     best_T = jnp.argmax(x_TD @ w_DV, axis=1)
     targets_T = jnp.where(jnp.arange(num_tokens) % 2 == 0, best_T,
                           jax.random.randint(keys[2], (num_tokens,), 0, vocab_size))
-    return x_TD, w_DV, targets_T.astype(jnp.int32), jax.random.uniform(keys[3], (num_tokens,))
+    return x_TD, w_DV, targets_T.astype(jnp.int32), jax.random.uniform(keys[3], (num_tokens,), minval=-0.2)
 
 
 def close(found: jax.Array, wanted: jax.Array) -> None:
@@ -112,6 +112,11 @@ def close(found: jax.Array, wanted: jax.Array) -> None:
 @pytest.mark.parametrize("num_tokens", [48, 80])
 def test_the_tpu_kernels_equal_the_plain_sum(terms: api.Terms, num_tokens: int, interpreted: None) -> None:
     compare_with_the_plain_sum(large_inputs(num_tokens, 128, 512), terms)
+
+
+def test_the_tpu_kernels_of_chips_with_one_core(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pallas_tpu, "DEFAULT_CORES", 1)
+    compare_with_the_plain_sum(large_inputs(48, 128, 384), api.Terms(20.0, 0.2, 0.01))
 
 
 @pytest.mark.slow
