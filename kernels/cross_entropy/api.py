@@ -27,8 +27,9 @@ def slice_width(num_tokens: int, vocab_size: int) -> int:
     return -(-vocab_size // num_slices // LANES) * LANES
 
 
-def weighted_cross_entropy(x_TD: jax.Array, w_DV: jax.Array | ShardedWeight, targets_T: jax.Array, weights_T: jax.Array, *,
-                           bias_V: jax.Array | None = None, terms: Terms = PLAIN) -> jax.Array:
+def weighted_cross_entropy(x_TD: jax.Array, w_DV: jax.Array | ShardedWeight, targets_T: jax.Array,
+                           weights_T: jax.Array, *, bias_V: jax.Array | None = None,
+                           terms: Terms = PLAIN) -> jax.Array:
     """Sum over tokens of weight times loss, float32, whose gradient for `x_TD`, `w_DV` and `bias_V` is made with it.
 
     The loss of a token is -log softmax(x w + bias)[target] + z_loss log(Z)^2 (de Brebisson and Vincent 2016). With a

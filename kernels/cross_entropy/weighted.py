@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,20 +43,27 @@ def weighted_sum(x_TD: jax.Array, weight: ShardedWeight, targets_T: jax.Array, w
     return jnp.sum(collectives.own_share(losses_IC.reshape(-1)[:x_TD.shape[0]], dim=0))
 
 
-def _forward(x_TD: jax.Array, weight: ShardedWeight, targets_T: jax.Array, weights_T: jax.Array,
-             terms: Terms) -> tuple[jax.Array, tuple[jax.Array, ShardedWeight]]:
-    """The sum, and its gradient for `x_TD` and `weight` in their dtypes.
+def _forward(*primals_and_terms: Any) -> tuple[jax.Array, tuple[jax.Array, ShardedWeight | None]]:
+    """The sum, and its gradient for `x_TD` and `weight` in their dtypes; None for a weight that does not learn.
 
     The whole weight's gradient does not outlive this: what waits for the backward pass is the shard's.
     """
-    losses_T, dx_TD, dw_DV = _losses_and_gradient(x_TD, weight.gathered(), targets_T, weights_T, terms)
-    return jnp.sum(collectives.own_share(losses_T, dim=0)), (dx_TD, weight.scattered(dw_DV))
+    *primals, terms = primals_and_terms
+    x_TD, weight, targets_T, weights_T = jax.tree.map(lambda primal: primal.value, primals)
+    learns = primals[1].shard.perturbed
+    losses_T, dx_TD, dw_DV = _losses_and_gradient(x_TD, weight.gathered(), targets_T, weights_T, terms, learns)
+    dweight = None
+    if learns:
+        dweight = weight.scattered(dw_DV)
+        if for_tpu():  # or its compiler lets the whole gradient wait until the backward pass is over
+            dx_TD, dweight = lax.optimization_barrier((dx_TD, dweight))
+    return jnp.sum(collectives.own_share(losses_T, dim=0)), (dx_TD, dweight)
 
 
 def _losses_and_gradient(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, weights_T: jax.Array,
-                         terms: Terms) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses by their weights, and the gradient of their sum, for `w_DV` in float32."""
-    if for_tpu():
+                         terms: Terms, learns: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Losses by their weights, and the gradient of their sum, for `w_DV` in float32; not to be used if not `learns`."""
+    if learns and for_tpu():
         from llmjax.kernels.cross_entropy import pallas_tpu  # imported where it runs: Pallas takes its time to load
 
         with contextlib.suppress(NotImplementedError):
@@ -75,13 +83,13 @@ def _losses_and_gradient(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array,
     return losses_IC.reshape(-1)[:T], dx_ICD.reshape(-1, D)[:T], dw_DV
 
 
-def _backward(terms: Terms, gradient: tuple[jax.Array, ShardedWeight],
-              grad: jax.Array) -> tuple[jax.Array, ShardedWeight, None, None]:
+def _backward(terms: Terms, gradient: tuple[jax.Array, ShardedWeight | None],
+              grad: jax.Array) -> tuple[jax.Array, ShardedWeight | None, None, None]:
     dx_TD, dweight = jax.tree.map(lambda one: (grad * one.astype(jnp.float32)).astype(one.dtype), gradient)
     return dx_TD, dweight, None, None
 
 
-weighted_sum.defvjp(_forward, _backward)
+weighted_sum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _chunks(x_TD: jax.Array, targets_T: jax.Array, weights_T: jax.Array, vocab_size: int) -> tuple[jax.Array, ...]:
