@@ -43,14 +43,14 @@ def weighted_sum(x_TD: jax.Array, weight: ShardedWeight, targets_T: jax.Array, w
     return jnp.sum(collectives.own_share(losses_IC.reshape(-1)[:x_TD.shape[0]], dim=0))
 
 
-def _forward(*primals_and_terms: Any) -> tuple[jax.Array, tuple[jax.Array, ShardedWeight | None]]:
+def _forward(x_TD: Any, weight: Any, targets_T: Any, weights_T: Any,
+             terms: Terms) -> tuple[jax.Array, tuple[jax.Array, ShardedWeight | None]]:
     """The sum, and its gradient for `x_TD` and `weight` in their dtypes; None for a weight that does not learn.
 
     The whole weight's gradient does not outlive this: what waits for the backward pass is the shard's.
     """
-    *primals, terms = primals_and_terms
-    x_TD, weight, targets_T, weights_T = jax.tree.map(lambda primal: primal.value, primals)
-    learns = primals[1].shard.perturbed
+    learns = weight.shard.perturbed
+    x_TD, weight, targets_T, weights_T = jax.tree.map(lambda primal: primal.value, (x_TD, weight, targets_T, weights_T))
     losses_T, dx_TD, dw_DV = _losses_and_gradient(x_TD, weight.gathered(), targets_T, weights_T, terms, learns)
     dweight = None
     if learns:
