@@ -173,7 +173,7 @@ def paged_cost(spec: paged_specs.Spec, chip: str) -> ProgramCost:
 
 
 def paged_work(spec: paged_specs.Spec, chip: str) -> PagedWork:
-    """Every step counts as if it began and ended a unit: a little too much."""
+    """The steps of the busier core, one of which begins and one of which ends each of its units."""
     kind: paged.Kind = "decode" if spec.Q == 1 else "chunk"
     _, pages, _ = spec.shapes()
     with jax.set_mesh(topology.one_chip(chip)):
@@ -185,7 +185,9 @@ def paged_work(spec: paged_specs.Spec, chip: str) -> PagedWork:
     table, count = np.asarray(steps.page_DMF), int(steps.count_D.max())
     fetched = table[:, :1].size + np.count_nonzero(np.diff(table[:, :count], axis=1))
     page_bytes = sum(x.size // x.shape[0] * x.dtype.itemsize for x in jax.tree.leaves(pages))
-    return PagedWork({f"paged_attention_{kind}": Occupancy(trips=(float(count),))}, float(fetched * page_bytes))
+    edge = int(jnp.sum(units.count_U > 0)) / blocks.cores / count
+    return PagedWork({f"paged_attention_{kind}": Occupancy(edge=edge, trips=(float(count),))},
+                     float(fetched * page_bytes))
 
 
 def ragged_paged_seconds(spec: paged_specs.Spec, chip: str) -> float:

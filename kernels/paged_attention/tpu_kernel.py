@@ -63,7 +63,7 @@ class _Refs:
         return cls(q, sinks, tuple(of_pages[:num_pages]), tuple(of_pages[num_pages:]), out, top, total, summed)
 
 
-E4M3_BITS = -0x78100000  # 0x87F00000: where sign, exponent and mantissa are, four and three bits, in a float32
+E4M3_BITS = -0x780F7810  # 0x87F087F0: where sign, exponent and mantissa are, four and three bits, in two bfloat16
 E4M3_LIFT = 2.0**60  # twice this takes a number that is made of these bits to where it belongs
 
 
@@ -131,13 +131,14 @@ def _attend(ref: _Refs, head: jax.Array, *, start: jax.Array, static: Static) ->
 def _widen(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of a page in the dtype of the queries; of float8_e4m3fn, times E4M3_LIFT to the power of -2.
 
-    By their bits, in half the time of a conversion: sign, exponent and mantissa go to their places in a float32, whose
-    exponent is too small by the difference of the biases, 120. Pages hold neither subnormal numbers nor NaN.
+    By their bits, in half the time of a conversion: sign, exponent and mantissa go to their places in a bfloat16, whose
+    exponent is too small by the difference of the biases, 120; two of them at once, as they lie in registers of 32
+    bits. Pages hold neither subnormal numbers nor NaN.
     """
     if rows.dtype != jnp.float8_e4m3fn:
         return rows.astype(dtype)
-    bits = pltpu.bitcast(rows, jnp.int8).astype(jnp.int32)
-    return pltpu.bitcast((bits << 20) & E4M3_BITS, jnp.float32).astype(dtype)
+    pairs = pltpu.bitcast(pltpu.bitcast(rows, jnp.int8).astype(jnp.int16), jnp.int32)
+    return pltpu.bitcast((pairs << 4) & E4M3_BITS, jnp.bfloat16).astype(dtype)
 
 
 def _lift(pages: jax.Array) -> float:

@@ -36,7 +36,7 @@ class Occupancy:
     """How often the regions of a kernel are entered that only its data decide about."""
 
     live: float = 1.0  # those with matrix products: the share of tiles that are not masked away
-    edge: float = 1.0  # those without: accumulators set up and written back
+    edge: float = 1.0  # those without in its body: accumulators set up and written back
     trips: tuple[float, ...] = ()  # of the loops whose bound only the data know, in their order; 1 where none is given
 
 
@@ -79,8 +79,10 @@ class Region:
                 share = occupancy.trips[region.unknown]
             elif region.kind == "loop":
                 share = region.trips
+            elif any(r.matmul_cycles for r in region.walk()):
+                share = occupancy.live
             else:
-                share = occupancy.live if any(r.matmul_cycles for r in region.walk()) else occupancy.edge
+                share = 1.0 if body else occupancy.edge  # beside the body: copies, of every step
             yield region, share
 
     def _grid_body(self) -> Region | None:
