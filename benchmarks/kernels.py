@@ -245,13 +245,14 @@ def budgets(chips: list[str]) -> dict[str, Any]:
     """What the small shapes take, with the version of the compiler that says so."""
     found = {}
     for chip in chips:
-        spec, small, decode = specs.SPECS["4k"], grouped_specs.SPECS["small"], paged_specs.SPECS["small"]
-        words = cross_entropy_specs.SPECS["small"]
+        spec, small, words = specs.SPECS["4k"], grouped_specs.SPECS["small"], cross_entropy_specs.SPECS["small"]
+        decode, eight_bits = paged_specs.SPECS["small"], paged_specs.SPECS["small, fp8 cache"]
         projection = quant_specs.SPECS["small, int4, groups of 128"]
         for name, cost, fullness in (
             ("attention 4k", attention_cost(spec, chip), attention_occupancy(spec, chip)),
             ("grouped matmul small", grouped_cost(small, chip), grouped_occupancy(small)),
             ("paged attention small", paged_cost(decode, chip), paged_work(decode, chip).occupancy),
+            ("paged attention small, fp8", paged_cost(eight_bits, chip), paged_work(eight_bits, chip).occupancy),
             ("quantised matmul small", quant_cost(projection, chip), {}),
             ("cross-entropy small", cross_entropy_cost(fused_cross_entropy, words, chip), {}),
         ):

@@ -67,4 +67,5 @@ SPECS = {
     "decode, 64 x 8k, latent, 128 heads": Spec(64, 8192, 128, 1, 576, 512, L=256),
     "chunks, 4 x 8k, 512 new": Spec(4, 8192, 32, 8, 128, 128, Q=512),
     "small": Spec(8, 1024, 8, 2, 128, 128),
+    "small, fp8 cache": Spec(8, 4096, 8, 2, 128, 128, L=256, dtype="float8_e4m3fn"),
 }
