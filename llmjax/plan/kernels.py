@@ -41,13 +41,13 @@ class ProgramCost:
         return sum(kernel.seconds for kernel in self.kernels if part in kernel.name)
 
 
-def measure(function: Callable, arguments: Any, *, chip: str, occupancy: Mapping[str, Occupancy]) -> ProgramCost:
+def measure(function: Callable, arguments: Any, *, chip: str,
+            occupancy: Mapping[str, Occupancy] | None) -> ProgramCost:
     """Compile `function` for shapes; `occupancy` says how full kernels are, by a part of their names.
 
-    `bundles.keep()` has to be called before libtpu loads.
+    `bundles.keep()` has to be called before libtpu loads; not for a program without kernels, whose occupancy is None.
     """
-    folder = bundles.keep()
-    for path in folder.glob(f"*{bundles.MARK}"):
+    for path in bundles.keep().glob(f"*{bundles.MARK}") if occupancy is not None else ():
         path.unlink()  # names repeat from program to program
     mesh = topology.one_chip(chip)
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,
@@ -56,7 +56,7 @@ def measure(function: Callable, arguments: Any, *, chip: str, occupancy: Mapping
         compiled = jax.jit(function).lower(*placed).compile()
     parsed = program.parse(compiled.as_text() or "")
     instructions = [one for computation in parsed.computations.values() for one in computation]
-    costs = [_cost(one, CHIPS[chip], occupancy) for one in instructions if one.is_kernel]
+    costs = [_cost(one, CHIPS[chip], occupancy or {}) for one in instructions if one.is_kernel]
     analysis = compiled.memory_analysis()
     assert analysis, "the TPU compiler always has one"
     others = count_step(parsed, Wires(mesh, None), clock=CHIPS[chip].clock, kernel_seconds=lambda kernel: 0.0)
