@@ -31,6 +31,7 @@ from llmjax.core.mesh import FSDP_AXES, TOKEN_AXES
 # The axes over which losses and gradients are added up.
 SHARE_AXES = ("stage", *TOKEN_AXES)
 LANES = 128  # of a TPU's tile, along the last dim of an array
+FEW_SHARDS, WIDE_ROWS = 4, 2**15  # of rings, and numbers of a row, whose sums v5e and v5p scatter in either case
 ShardedDims = tuple[tuple[int, tuple[str, ...]], ...]  # a dim and the axes that split it, the outermost first
 
 
@@ -71,13 +72,15 @@ def scatter_gradient(grad: jax.Array, spec: PartitionSpec, *, wanted: PartitionS
 def _scatter(grad: jax.Array, dim: int, axis: str) -> jax.Array:
     """The sum over `axis`, of which each device keeps its piece of `dim`.
 
-    XLA would cut pieces from a full all-reduce that are narrower than a TPU's tile, unless they have a dim of their
-    own, and those behind dims of size one.
+    XLA would cut pieces from a full all-reduce that are narrower than a TPU's tile, or many of wide rows, unless they
+    have a dim of their own, and those behind dims of size one.
     """
     size, ahead = manual_size(axis), grad.shape[:dim]
     if dim and math.prod(ahead) == 1:
         scattered = _scatter(grad.reshape(grad.shape[dim:]), 0, axis)
         return scattered.reshape(*ahead, *scattered.shape)
+    if dim == grad.ndim - 2 and size > FEW_SHARDS and grad.shape[-1] > WIDE_ROWS:
+        return lax.psum_scatter(grad.reshape(*ahead, size, -1, grad.shape[-1]), axis, scatter_dimension=dim)
     if dim < grad.ndim - 1 or grad.shape[dim] // size % LANES == 0:
         return lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
     return lax.psum_scatter(grad.reshape(*grad.shape[:dim], size, -1), axis, scatter_dimension=dim)

@@ -14,11 +14,13 @@ from llmjax.core.sections import MeshConfig
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((16, 3), 0), ((2, 16, 3), 1), ((1, 16, 3), 1), ((1, 1, 16), 2),
-                                            ((3, 16), 1), ((1, 3, 512), 2)])  # fmt: skip
-def test_a_gathered_weights_gradient_is_the_sum_of_all_shards(shape: tuple[int, ...], dim: int) -> None:
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4), jax.devices()[:4])
+                                            ((3, 16), 1), ((1, 3, 1024), 2), ((16, 40), 0), ((2, 16, 40), 1)])
+def test_a_gathered_weights_gradient_is_the_sum_of_all_shards(shape: tuple[int, ...], dim: int,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collectives, "WIDE_ROWS", 32)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8), jax.devices())
     spec = PartitionSpec(*(("fsdp",) if axis == dim else None for axis in range(len(shape))))
-    factors = np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float32)  # each device's own
+    factors = np.random.default_rng(0).normal(size=(8, *shape)).astype(np.float32)  # each device's own
 
     def local(weight: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
         def scalar(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
