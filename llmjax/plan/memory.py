@@ -1,8 +1,8 @@
 """The analytic model of a step's memory, in bytes of one device, with which the search prunes.
 
-What waits for the derivative follows from the remat policy; what lives while one block is differentiated was counted
-in a compiled step: six arrays of the MLP's width, eight of the model's, queries, keys, values and the statistics of
-attention. All of it is summed as if it lived at once, which is nearly what the compiler lays out. Beside a decoder an
+What waits for the derivative follows from the remat policy; while one block is differentiated there are four arrays of
+the MLP's width, six of the model's, queries, keys, values and the statistics of attention. All of it is summed as if it
+lived at once, which is nearly what the compiler lays out: these counts are of thirteen compiled steps. Beside a decoder an
 encoder is a second stack, of source tokens; what it makes of them every layer of the decoder reads.
 
 Letters: D model width, F MLP width, N query heads, K key-value heads, H head dim, V vocabulary, L layers.
@@ -27,8 +27,7 @@ WIDTHS = {"float32": FULL, "bfloat16": 2, "float16": 2}
 LANES = 128
 BATCH_ARRAYS = 6  # of 4 bytes a token
 LOGITS_BYTES = 2 * 128 * 2**20  # float32 logits of a chunk, and their derivative
-EXPERT_ARRAYS = 8.5  # of the room for rows, as wide as model and experts: in compiled steps of Mixtral and DeepSeek-V3
-TABLES_AT_ONCE = 1.6  # gradients of embedding and output projection, in compiled steps of Llama and OLMo
+EXPERT_ARRAYS = 7  # of the room for rows, as wide as model and experts: in compiled steps of Mixtral and DeepSeek-V3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +86,11 @@ class Memory:
     parameters: float
     optimiser: float
     batch: float
-    gradients: float
+    gradients: float  # as they were added up, and as the update reads them
     residuals: float  # what waits for the derivative
     activations: float  # of the block that is being differentiated, or of a chunk of logits where that is more
     weights: float  # gathered, and their gradients before they are scattered
-    head: float  # embedding and output projection, gathered, and their gradients
+    head: float  # embedding or output projection, gathered, and its gradient
 
     @property
     def argument(self) -> float:
@@ -117,7 +116,7 @@ def memory(layout: Layout) -> Memory:
     block = (max(stack.params for stack in stacks) - experts / model.num_layers) / tensor
     table = model.vocab_size * model.dim / tensor
     held = layout.shard == "parameters"
-    gradients = FULL * stored / (shards if layout.shard in ("parameters", "gradients") else 1)
+    gradients = 2 * FULL * stored / (shards if layout.shard in ("parameters", "gradients") else 1)
     all_gathered = layout.remat == "none" and held and shards > 1
     return Memory(
         parameters=FULL * stored / (shards if held else 1),
@@ -128,8 +127,8 @@ def memory(layout: Layout) -> Memory:
         activations=max(layout.width * max(stack.tokens * stack.working for stack in stacks),
                         min(LOGITS_BYTES, 2 * FULL * layout.decoder_tokens * model.vocab_size / tensor)),
         weights=layout.width * (sum(stack.params * stack.layers for stack in stacks) / tensor if all_gathered
-                                else block) + FULL * block,
-        head=(2 * layout.width + (TABLES_AT_ONCE + model.multi_token) * FULL) * table,  # further heads add their own
+                                else block) + layout.width * block,
+        head=(layout.width + FULL) * table,
     )
 
 
@@ -193,11 +192,11 @@ def _working(layout: Layout) -> float:
     """Elements a token that live while one block is differentiated."""
     model, tensor = layout.model, layout.tensor
     statistics = 2 * model.num_heads * LANES * FULL / layout.width / 2
-    mlp: float = 6 * model.mlp_dim
+    mlp: float = 4 * model.mlp_dim
     if model.moe.num_experts:
         room = min(layout.sizes["expert"], ROOM) * model.moe.top_k  # rows of a shard of the experts
         mlp = EXPERT_ARRAYS * room * ((model.moe.expert_mlp_dim or model.mlp_dim) + model.dim)
-    return 8 * model.dim + (mlp + _heads(model) + statistics) / tensor
+    return 6 * model.dim + (mlp + _heads(model) + statistics) / tensor
 
 
 def _heads(model: ModelConfig) -> float:
