@@ -2,8 +2,8 @@
 
 What waits for the derivative follows from the remat policy; while one block is differentiated there are four arrays of
 the MLP's width, six of the model's, queries, keys, values and the statistics of attention. All of it is summed as if it
-lived at once, which is nearly what the compiler lays out: these counts are of thirteen compiled steps. Beside a decoder an
-encoder is a second stack, of source tokens; what it makes of them every layer of the decoder reads.
+lived at once, which is nearly what the compiler lays out: these counts are of thirteen compiled steps. Beside a decoder
+an encoder is a second stack, of source tokens; what it makes of them every layer of the decoder reads.
 
 Letters: D model width, F MLP width, N query heads, K key-value heads, H head dim, V vocabulary, L layers.
 """
