@@ -4,7 +4,7 @@
     python benchmarks/plan_table.py --compile=llama3_8b      # compile its points first: minutes each
 
 plan_table.txt is what it printed last. A point stays as it was compiled until it is compiled anew: those of Mixtral,
-of two microbatches and "overlapped" are of the step before the loss had kernels of its own.
+of offload, of 256 rows and "overlapped" are of a step that let the head's gradient wait, and hold more memory.
 
 Every figure is an estimate of the TPU compiler; nothing ran on a chip. MaxText's rows (August 2026, pure FSDP, splash
 attention, AdamW in float32, bfloat16 compute, libtpu 0.0.42.1, the same as ours) were counted from its scheduled
