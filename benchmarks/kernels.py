@@ -339,7 +339,7 @@ def main() -> None:
     parser.add_argument("--budgets", action="store_true")
     arguments = parser.parse_args()
     if arguments.budgets:
-        chips = arguments.chips or "v5e,v5p,v6e"
+        chips = arguments.chips or "v5e,v5p,v6e,tpu7x"
         print(json.dumps(budgets(chips.split(",")), indent=1))
         return
     for name in arguments.only.split(","):
