@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from llmjax.core import collectives
 from llmjax.core.collectives import ShardedWeight
-from llmjax.kernels.cross_entropy import api
+from llmjax.kernels.cross_entropy import api, weighted
 
 TERMS = api.Terms(softcap=5.0, smoothing=0.1, z_loss=0.01)
 
@@ -65,8 +65,15 @@ def test_a_heads_gradient_is_not_rounded_to_the_dtype_it_computes_in() -> None:
     assert np.mean(np.asarray(gradient) == np.asarray(gradient.astype(jnp.bfloat16), np.float32)) < 0.1
 
 
-def test_a_head_that_does_not_learn_has_no_gradient_to_make() -> None:
+def test_a_head_that_does_not_learn_has_no_gradient_to_make(monkeypatch: pytest.MonkeyPatch) -> None:
     x_TD, w_DV, targets_T, weights_T = inputs()
+    told, original = [], weighted._losses_and_gradient
+
+    def recorded(*arguments: object) -> tuple:
+        told.append(arguments[-1])
+        return original(*arguments)
+
+    monkeypatch.setattr(weighted, "_losses_and_gradient", recorded)
 
     def products(argnums: int | tuple[int, ...]) -> int:
         program = jax.jit(jax.grad(total, argnums=argnums)).lower(x_TD, w_DV, targets_T, weights_T)
@@ -74,6 +81,7 @@ def test_a_head_that_does_not_learn_has_no_gradient_to_make() -> None:
 
     assert products((0, 1)) == 3
     assert products(0) == 2
+    assert told == [True, False]
 
 
 def test_a_transposed_weights_shard_stays_as_it_lies() -> None:
