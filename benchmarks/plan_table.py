@@ -1,10 +1,9 @@
 """Our compiled steps beside MaxText's on the same work: memory against time, one counter for both.
 
     python benchmarks/plan_table.py                          # the table of what is already compiled
-    python benchmarks/plan_table.py --compile=llama3_8b      # compile its points first: minutes each
+    python benchmarks/plan_table.py --compile=llama3_8b      # compile its points anew: minutes each
 
-plan_table.txt is what it printed last. A point stays as it was compiled until it is compiled anew: those of Mixtral,
-of offload, of 256 rows and "overlapped" are of a step that let the head's gradient wait, and hold more memory.
+plan_points.json holds each point with the commit whose step was compiled, plan_table.txt what was printed last.
 
 Every figure is an estimate of the TPU compiler; nothing ran on a chip. MaxText's rows (August 2026, pure FSDP, splash
 attention, AdamW in float32, bfloat16 compute, libtpu 0.0.42.1, the same as ours) were counted from its scheduled
@@ -29,6 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "runs" / "plan_table"
+POINTS = Path(__file__).parent / "plan_points.json"
 # Splash's static seconds for two heads of 128 on 8,192 tokens in this libtpu: forward, and both backward kernels.
 SPLASH = {"v5p": (114e-6, 363e-6 + 271e-6), "v6e": (160e-6, 216e-6 + 181e-6)}
 SPLASH_4K = (32.9e-6, 102e-6 + 76e-6)  # the same on v5p for 4,096 tokens
@@ -36,6 +36,7 @@ MEGABLOX_RATE = 0.79 * 459e12  # FLOP/s on v5p of its best tiles on Mixtral's sh
 OVERLAP = ("xla_enable_async_all_gather", "xla_tpu_enable_async_collective_fusion",
            "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
            "xla_tpu_enable_async_collective_fusion_multiple_steps", "xla_tpu_overlap_compute_collective_tc")
+SOURCES = ("llmjax", "kernels", "configs")
 REMATS = ("full", "save_matmuls", "none", "offload")
 
 
@@ -50,6 +51,11 @@ class Peer:
     gigabytes: float  # argument + temp, a chip
     seconds: float  # compute + exposed communication, attention included
     overrides: tuple[str, ...] = ()  # of our recipe, beside the batch
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What work it is: rows of the same work differ in their settings."""
+        return self.recipe, self.topology, self.batch_size
 
 
 def attention_seconds(chip: str, *, layers: int, heads: int) -> float:
@@ -79,7 +85,7 @@ PEERS = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, order=True)
 class Point:
     """One of our compiled steps."""
 
@@ -89,38 +95,50 @@ class Point:
     remat: str
     accumulation: int
     overlapped: bool
-    gigabytes: float
-    seconds: float
+    gigabytes: float = dataclasses.field(compare=False)
+    seconds: float = dataclasses.field(compare=False)
+    commit: str = dataclasses.field(compare=False)
 
 
-def points() -> list[Point]:
+def read_points() -> list[Point]:
     """All that were compiled."""
-    found = []
-    for path in sorted(RESULTS.glob("*.json")):
-        plan = json.loads(path.read_text(encoding="utf-8"))
-        recipe, _, rows = path.stem.partition(".")[0].rpartition("_b")
-        found.append(Point(recipe, plan["topology"], int(rows), plan["remat"], plan["accumulation"],
-                           path.stem.endswith(".overlapped"), plan["hbm_bytes_per_chip"]["total"] / 1e9,
-                           plan["step_seconds"]))
-    return found
+    return [Point(**line) for line in json.loads(POINTS.read_text(encoding="utf-8"))] if POINTS.exists() else []
+
+
+def record(point: Point) -> None:
+    """Put a point into the file, in the place of the one with its name."""
+    kept = [other for other in read_points() if other != point]
+    lines = ",\n".join(json.dumps(dataclasses.asdict(each)) for each in sorted([*kept, point]))
+    POINTS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def compile_point(peer: Peer, remat: str, accumulation: int, *, overlapped: bool) -> None:
-    """One plan, unless it is there."""
+    """One plan, by a process of its own: a refusal (too large for the chip) is said and skipped."""
     options = ",".join(f"{name}=true" for name in OVERLAP) if overlapped else ""
-    point = f"{peer.topology.replace(':', '-')}.{remat}.{accumulation}{'.overlapped' if overlapped else ''}"
-    path = RESULTS / f"{peer.recipe}_b{peer.batch_size}.{point}.json"
+    name = (f"{peer.recipe}_b{peer.batch_size}.{peer.topology.replace(':', '-')}.{remat}.{accumulation}"
+            f"{'.overlapped' * overlapped}")  # fmt: skip
+    path = RESULTS / f"{name}.json"
     RESULTS.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        return
     command = [sys.executable, "-m", "llmjax.cli", "plan", f"--config={ROOT / 'configs' / peer.recipe}.py",
                f"--topology={peer.topology}", f"--config.data.batch_size={peer.batch_size}",
                f"--config.train.remat={remat}", f"--config.train.accumulation={accumulation}",
                f"--config.train.compiler_options={options}", *(f"--config.{change}" for change in peer.overrides),
-               f"--workdir={RESULTS / path.stem}", f"--json={path}"]  # fmt: skip
+               f"--workdir={RESULTS / name}", f"--json={path}"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
-        print(f"{path.stem}: refused, status {done.returncode}", file=sys.stderr)
+        print(f"{name}: refused, status {done.returncode}", file=sys.stderr)
+        return
+    plan = json.loads(path.read_text(encoding="utf-8"))
+    record(Point(peer.recipe, peer.topology, peer.batch_size, remat, accumulation, overlapped,
+                 round(plan["hbm_bytes_per_chip"]["total"] / 1e9, 3), round(plan["step_seconds"], 4), commit()))
+
+
+def commit() -> str:
+    """The last that changed what is compiled, with a mark where the tree has changed since."""
+    log = ["git", "log", "-1", "--format=%h", "--", *SOURCES]
+    last = subprocess.run(log, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *SOURCES], cwd=ROOT, check=False).returncode
+    return last + "+" * bool(changed)
 
 
 def table(ours: list[Point]) -> str:
@@ -128,8 +146,7 @@ def table(ours: list[Point]) -> str:
     lines = []
     for peer in PEERS:
         lines.append(f"{peer.work:44} MaxText {peer.gigabytes:7.2f} GB {peer.seconds:8.3f} s")
-        work = (peer.recipe, peer.topology, peer.batch_size)
-        same = [point for point in ours if (point.recipe, point.topology, point.batch_size) == work]
+        same = [point for point in ours if (point.recipe, point.topology, point.batch_size) == peer.key]
         for point in sorted(same, key=lambda p: p.gigabytes):
             way = f"  remat {point.remat}, {point.accumulation} microbatches{', overlapped' * point.overlapped}"
             lines.append(way.ljust(44)
@@ -153,14 +170,20 @@ def main() -> None:
     """Compile what is asked for and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--compile", default="", metavar="RECIPE", help="compile the points of a recipe first")
-    parser.add_argument("--overlapped", action="store_true", help="compile with gathers fused into matmuls")
+    parser.add_argument("--topology", default="", metavar="T", help="of these pods only")
+    parser.add_argument("--batch", type=int, default=0, metavar="N", help="of this batch only")
+    parser.add_argument("--remat", default=",".join(REMATS), metavar="NAME,NAME", help="policies to try")
     parser.add_argument("--accumulation", default="1,2", metavar="N,N", help="microbatches to try (default 1,2)")
+    parser.add_argument("--overlapped", action="store_true", help="compile with gathers fused into matmuls")
     args = parser.parse_args()
-    for peer in (peer for peer in PEERS if peer.recipe == args.compile):
-        for remat in REMATS:
+    asked = {peer.key: peer for peer in PEERS
+             if peer.recipe == args.compile and args.topology in ("", peer.topology)
+             and args.batch in (0, peer.batch_size)}  # fmt: skip
+    for peer in asked.values():
+        for remat in args.remat.split(","):
             for accumulation in map(int, args.accumulation.split(",")):
                 compile_point(peer, remat, accumulation, overlapped=args.overlapped)
-    print(table(points()))
+    print(table(read_points()))
 
 
 if __name__ == "__main__":

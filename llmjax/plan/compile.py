@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from llmjax.core import compiler_options
 from llmjax.core.errors import ConfigError, RunError
 from llmjax.core.mesh import check_fits, make_mesh
 from llmjax.core.sections import Config
@@ -61,10 +62,9 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
         lowered = jit_step(step, mesh, config.train).lower(*arguments)
         middle = time.perf_counter()
         try:
-            executable = lowered.compile()
+            with compiler_options.refusals_explained(config.train.compiler_options):
+                executable = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if config.train.compiler_options and str(error).startswith(("INVALID_ARGUMENT", "FAILED_PRECONDITION")):
-                raise ConfigError(f"train.compiler_options: the TPU compiler says {error}") from error
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise RunError(_out_of_memory(str(error), topology)) from error

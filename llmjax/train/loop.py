@@ -19,6 +19,7 @@ import optax
 import psutil
 from jax.sharding import Mesh
 
+from llmjax.core import compiler_options
 from llmjax.core.errors import RestartRequested
 from llmjax.core.sections import Config
 from llmjax.core.stage_sections import rope_theta_at
@@ -103,8 +104,9 @@ def fit(run: Run, state: TrainState, *, writer: Writer, progress: ProgressLine) 
                       goodput=goodput)
     checkup = Checkup(run.config.guard, run.model, run.task, run.mesh, say=say)
     watchdog = Watchdog(run.config.guard.hang_seconds, workdir=run.workdir, say=functools.partial(say, "stop"))
-    with (restart_when_a_peer_is_lost(), jax.set_mesh(run.mesh), StopSignals() as signals, watchdog, goodput,
-          Profiler(run.config.train.profile, run.workdir / "profile") as profiler):
+    refusals_explained = compiler_options.refusals_explained(run.config.train.compiler_options)
+    with (restart_when_a_peer_is_lost(), refusals_explained, jax.set_mesh(run.mesh), StopSignals() as signals,
+          watchdog, goodput, Profiler(run.config.train.profile, run.workdir / "profile") as profiler):
         batches = run.task.batches(start_step=first)
         while step < run.last_step and not guard.early_stop:
             step += 1

@@ -149,6 +149,17 @@ def test_a_step_is_dispatched_before_the_one_before_it_is_read(
     assert events == ["step", *["step", "read"] * 5, "read"]
 
 
+def test_an_option_that_the_compiler_refuses_is_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a pod the compiler's own error would look like a lost process, and the run would start again for ever."""
+    refused = jax.jit(lambda *_: 0.0, compiler_options={"xla_of_nobody": "1"})
+    monkeypatch.setattr(loop, "compile_step", lambda run: refused)
+    config = change(CONFIG, train={"compiler_options": "xla_of_nobody=1"})
+    with pytest.raises(ConfigError, match=r"train.compiler_options: xla_of_nobody is refused.*No such"):
+        train(make_run(config, tmp_path, data), tmp_path)
+
+
 def test_a_resumed_run_is_the_run(whole: tuple[TrainState, Path], data: Path, tmp_path: Path) -> None:
     cut(data, tmp_path, after=5)  # the checkpoint is of step 3, so two steps are taken again
     state = train(make_run(CONFIG, tmp_path, data), tmp_path)
