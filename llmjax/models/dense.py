@@ -12,7 +12,6 @@ Letters: T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Literal
 
@@ -26,14 +25,16 @@ Matmul = Literal["plain", "int8", "fp8"]
 ROUNDED = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _plain(x: jax.Array, w: jax.Array, num_in_dims: int) -> jax.Array:
+def _contract(x: jax.Array, w: jax.Array, num_in_dims: int) -> jax.Array:
     first = x.ndim - num_in_dims
     return lax.dot_general(x, w, ((tuple(range(first, x.ndim)), tuple(range(num_in_dims))), ((), ())))
 
 
+_plain = jax.custom_vjp(_contract, nondiff_argnums=(2,))
+
+
 def _plain_forward(x: jax.Array, w: jax.Array, num_in_dims: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _plain(x, w, num_in_dims), (x, w)
+    return _contract(x, w, num_in_dims), (x, w)  # bare, where a policy of recomputation sees the product
 
 
 def _plain_backward(num_in_dims: int, residuals: tuple[jax.Array, jax.Array],
@@ -56,15 +57,17 @@ def _product(a: jax.Array, b: jax.Array, dims: tuple[int, int], dtypes: tuple[st
     return qwix.dot_general(*rounded, (((dims[0],), (dims[1],)), ((), ()))).astype(a.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _rounded(x_TI: jax.Array, w_IO: jax.Array, matmul: Matmul) -> jax.Array:
+def _contract_rounded(x_TI: jax.Array, w_IO: jax.Array, matmul: Matmul) -> jax.Array:
     own, _ = ROUNDED[matmul]
     return _product(x_TI, w_IO, (1, 0), (own, own))
 
 
+_rounded = jax.custom_vjp(_contract_rounded, nondiff_argnums=(2,))
+
+
 def _rounded_forward(x_TI: jax.Array, w_IO: jax.Array,
                      matmul: Matmul) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _rounded(x_TI, w_IO, matmul), (x_TI, w_IO)
+    return _contract_rounded(x_TI, w_IO, matmul), (x_TI, w_IO)
 
 
 def _rounded_backward(matmul: Matmul, residuals: tuple[jax.Array, jax.Array],

@@ -77,6 +77,19 @@ def test_initial_values_do_not_depend_on_the_mesh() -> None:
     assert sharded["blocks"]["mlp"]["up"].sharding.shard_shape((2, 32, 48)) == (2, 16, 24)
 
 
+def test_saved_matmuls_are_not_run_again() -> None:
+    """Queries, keys, values, output, gate and up; of the last, down, no derivative needs the result."""
+    model, params = decoder.abstract_model(CONFIG), decoder.init_params(CONFIG, jax.random.key(0), None)
+
+    def products(remat: str) -> int:
+        def scalar(params: dict) -> jax.Array:
+            return jnp.sum(decoder.forward(model, params, **packed(), execution=Execution(remat)).hidden_BTD)
+
+        return str(jax.make_jaxpr(jax.grad(scalar))(params)).count("dot_general[")
+
+    assert products("full") - products("save_matmuls") == 6
+
+
 @pytest.mark.parametrize("remat", ["full", "save_matmuls", "save_names", "offload"])
 def test_rematerialisation_changes_no_gradient(remat: str) -> None:
     model, params = decoder.abstract_model(CONFIG), decoder.init_params(CONFIG, jax.random.key(0), None)
