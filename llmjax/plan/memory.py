@@ -181,10 +181,12 @@ def moments_a_parameter(model: ModelConfig, optim: OptimConfig) -> float:
 def _waiting(layout: Layout) -> float:
     """Elements a token that wait in every layer."""
     model, tensor = layout.model, layout.tensor
-    matmuls = 3 * model.dim + _heads(model) / tensor + 2 * model.mlp_dim / tensor
     statistics = model.num_heads / tensor * FULL / layout.width
+    everything = 3 * model.dim + (_heads(model) + 2 * model.mlp_dim) / tensor + statistics
+    # Block input; queries, keys, values and output; gate and up. No derivative needs what comes of down.
+    saved = 2 * model.dim + ((model.num_heads + 2 * model.num_kv_heads) * model.head_dim + 2 * model.mlp_dim) / tensor
     block_input = model.dim / tensor  # between blocks tensor shards share the tokens
-    waiting = {"none": matmuls + statistics, "save_matmuls": matmuls, "offload": 0.0}  # the last waits in host memory
+    waiting = {"none": everything, "save_matmuls": saved, "offload": 0.0}  # the last waits in host memory
     return waiting.get(layout.remat, block_input)
 
 
