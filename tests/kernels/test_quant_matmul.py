@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from llmjax.kernels.quant_matmul import pallas_tpu, reference, xla
+from llmjax.kernels.quant_matmul import api, pallas_tpu, reference, xla
 from llmjax.kernels.quant_matmul.weights import QuantisedWeight, quantise, widened
 
 DTYPES = (jnp.int8, jnp.int4, jnp.float8_e4m3fn)
@@ -46,3 +47,15 @@ def test_odd_sizes_are_left_to_others(shape: tuple[int, int, int, int]) -> None:
     T, I, O, G = shape  # noqa: E741
     with pytest.raises(NotImplementedError):
         pallas_tpu.quant_matmul(jnp.zeros((T, I)), quantise(jnp.ones((I, O)), dtype=jnp.int8, num_groups=G))
+
+
+@pytest.mark.parametrize(("chip", "dtype", "ours"), [
+    ("TPU_V5P", jnp.float8_e4m3fn, True), ("TPU_V6E", jnp.float8_e4m3fn, False),
+    ("TPU_V6E", jnp.int8, True)])  # fmt: skip
+def test_float8_is_left_to_xla_where_that_is_faster(chip: str, dtype: jnp.dtype, ours: bool,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion[chip], 1)
+    monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
+    monkeypatch.setattr(api, "for_tpu", lambda: True)
+    jaxpr = jax.make_jaxpr(lambda *args: api.quant_matmul(*args))(*inputs(dtype, num_groups=1))  # traced for this chip
+    assert ("pallas_call" in str(jaxpr)) == ours
