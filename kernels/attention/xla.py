@@ -20,6 +20,7 @@ from jax import lax
 
 from llmjax.kernels.attention.options import CAUSAL, NO_TERMS, Options, Terms
 from llmjax.kernels.attention.relative import spread
+from llmjax.kernels.matmul import api as matmul
 
 MASKED = -1e30  # finite, so that a row that sees nothing gives zeros and not NaN
 MIN_BLOCK = 128
@@ -92,7 +93,7 @@ def _visible(segments: Segments, block: Block, options: Options, terms: Terms) -
 
 
 def _product(q_BKGCH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
-    return jnp.einsum("BKGCH,BKSH->BKGCS", q_BKGCH, k_BKSH, preferred_element_type=jnp.float32)
+    return matmul.einsum("BKGCH,BKSH->BKGCS", q_BKGCH, k_BKSH)
 
 
 def _scores(q_BKGCH: jax.Array, k_BKSH: jax.Array, block: Block, options: Options, terms: Terms) -> jax.Array:
@@ -144,8 +145,7 @@ def _forward(options: Options, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax
         total = jnp.sum(weights, axis=-1, keepdims=True)  # of float32 weights: up to T terms
         if terms.sinks_N is not None:
             total += jnp.exp(_per_head(terms.sinks_N, K) - top)
-        out = jnp.einsum("BKGCS,BKSW->BKGCW", weights.astype(v_BKSW.dtype), v_BKSW[:, :, block.keys],
-                         preferred_element_type=jnp.float32)
+        out = matmul.einsum("BKGCS,BKSW->BKGCW", weights.astype(v_BKSW.dtype), v_BKSW[:, :, block.keys])
         outs.append((out / total).astype(q_BTNH.dtype))
         log_zs.append(top + jnp.log(total))
     out_BTNW = _ungrouped(jnp.concatenate(outs, axis=3))
@@ -175,7 +175,7 @@ def _backward(options: Options, residuals: tuple, dout_BTNW: jax.Array) -> tuple
         if options.softcap:
             dscores *= _softcap_derivative(q, k, options)
         dscores = dscores.astype(q.dtype)
-        dqs.append(jnp.einsum("BKGCS,BKSH->BKGCH", dscores, k, preferred_element_type=jnp.float32))
+        dqs.append(matmul.einsum("BKGCS,BKSH->BKGCH", dscores, k))
         dk_BKHS = dk_BKHS.at[:, :, :, block.keys].add(_over_queries(q, dscores))
         dv_BKWS = dv_BKWS.at[:, :, :, block.keys].add(_over_queries(dout, weights.astype(dout.dtype)))
     dq_BTNH = _ungrouped(jnp.concatenate(dqs, axis=3) * scale)
@@ -208,8 +208,7 @@ def _terms_derivative(terms: Terms, log_z_BKGT1: jax.Array, delta_BKGT1: jax.Arr
 
 def _over_queries(x_BKGCH: jax.Array, weights_BKGCS: jax.Array) -> jax.Array:
     """Sum over heads of a group and queries, (B, K, H, S): in this order the large operand is not transposed."""
-    return lax.dot_general(x_BKGCH, weights_BKGCS, (((2, 3), (2, 3)), ((0, 1), (0, 1))),
-                           preferred_element_type=jnp.float32)
+    return matmul.einsum("BKGCH,BKGCS->BKHS", x_BKGCH, weights_BKGCS)
 
 
 _attention.defvjp(_forward, _backward)

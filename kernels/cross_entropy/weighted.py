@@ -22,6 +22,7 @@ from llmjax.core import collectives
 from llmjax.core.collectives import ShardedWeight
 from llmjax.core.mesh import for_tpu
 from llmjax.kernels.cross_entropy.terms import Terms
+from llmjax.kernels.matmul import api as matmul
 
 CHUNK_BYTES = 2**30  # float32 logits of a chunk
 SUBLANES = 16  # rows of a TPU register in bfloat16
@@ -73,8 +74,8 @@ def _losses_and_gradient(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array,
         logits, x_CD = _Logits(w_DV, terms, *chunk), chunk[0]
         # An array of its own, or XLA makes it anew within each of the two matmuls: one takes twice as long on a TPU.
         dlogits_CV = lax.optimization_barrier(logits.derivative_CV().astype(x_TD.dtype))
-        dx_CD = jnp.einsum("CV,DV->CD", dlogits_CV, w_DV, preferred_element_type=jnp.float32).astype(x_TD.dtype)
-        dw_DV += jnp.einsum("CD,CV->DV", x_CD, dlogits_CV, preferred_element_type=jnp.float32)
+        dx_CD = matmul.einsum("CV,DV->CD", dlogits_CV, w_DV).astype(x_TD.dtype)
+        dw_DV += matmul.einsum("CD,CV->DV", x_CD, dlogits_CV)
         return dw_DV, (logits.losses_C, dx_CD)
 
     chunks = _chunks(x_TD, targets_T, weights_T, w_DV.shape[1])
@@ -109,7 +110,7 @@ class _Logits:
 
     def __init__(self, w_DV: jax.Array, terms: Terms, x_CD: jax.Array, targets_C: jax.Array,
                  weights_C: jax.Array) -> None:
-        logits_CV = jnp.einsum("CD,DV->CV", x_CD, w_DV, preferred_element_type=jnp.float32)
+        logits_CV = matmul.einsum("CD,DV->CV", x_CD, w_DV)
         self.terms, self.weights_C = terms, weights_C
         self.logits_CV = terms.softcap * jnp.tanh(logits_CV / terms.softcap) if terms.softcap else logits_CV
         num_local = w_DV.shape[1]

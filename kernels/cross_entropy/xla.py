@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llmjax.core import collectives
+from llmjax.kernels.matmul import api as matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ def slices(num_local: int, width: int) -> list[Columns]:
 
 
 def _logits(x_TD: jax.Array, w_DC: jax.Array, softcap: float) -> jax.Array:
-    logits_TC = jnp.einsum("TD,DC->TC", x_TD, w_DC, preferred_element_type=jnp.float32)
+    logits_TC = matmul.einsum("TD,DC->TC", x_TD, w_DC)
     return softcap * jnp.tanh(logits_TC / softcap) if softcap else logits_TC
 
 
@@ -91,8 +92,8 @@ def _backward(width: int, keep: bool, softcap: float, residuals: tuple,
         if softcap:
             dlogits_TC *= 1.0 - jnp.square(logits_TC / softcap)
         dlogits_TC = dlogits_TC.astype(x_TD.dtype)
-        dw.append(jnp.einsum("TD,TC->DC", x_TD, dlogits_TC, preferred_element_type=jnp.float32).astype(w_DV.dtype))
-        dx_TD += jnp.einsum("TC,DC->TD", dlogits_TC, w_DC, preferred_element_type=jnp.float32)
+        dw.append(matmul.einsum("TD,TC->DC", x_TD, dlogits_TC).astype(w_DV.dtype))
+        dx_TD += matmul.einsum("TC,DC->TD", dlogits_TC, w_DC)
     return dx_TD.astype(x_TD.dtype), jnp.concatenate(dw, axis=1), None
 
 

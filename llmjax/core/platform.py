@@ -52,7 +52,7 @@ def keep_compiled(folder: Path) -> None:
     Where jax is told another folder (JAX_COMPILATION_CACHE_DIR) it takes that. A file that a kill left half written
     costs one compilation: jax warns and goes on. Call it before jax is imported.
     """
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.absolute() / _cpu_name()))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.absolute() / cpu_name()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(WORTH_KEEPING))
 
 
@@ -61,7 +61,7 @@ def num_processes() -> int:
     return int(os.environ.get("LLMJAX_NUM_PROCESSES", "1"))
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """What code compiled here relies on; jax would run it on a CPU that lacks some of its instructions."""
     described = Path("/proc/cpuinfo")
     lines = described.read_text(encoding="utf-8").splitlines() if described.exists() else []

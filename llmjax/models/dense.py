@@ -16,9 +16,9 @@ import math
 from typing import Literal
 
 import jax
-from jax import lax
 
 from llmjax.core.mesh import for_tpu
+from llmjax.kernels.matmul.api import dot_general
 
 Matmul = Literal["plain", "int8", "fp8"]
 # By model.matmul: what activations and weights become, and what derivatives do, which vary more.
@@ -27,7 +27,7 @@ ROUNDED = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
 
 def _contract(x: jax.Array, w: jax.Array, num_in_dims: int) -> jax.Array:
     first = x.ndim - num_in_dims
-    return lax.dot_general(x, w, ((tuple(range(first, x.ndim)), tuple(range(num_in_dims))), ((), ())))
+    return dot_general(x, w, (tuple(range(first, x.ndim)), tuple(range(num_in_dims))))
 
 
 _plain = jax.custom_vjp(_contract, nondiff_argnums=(2,))
@@ -42,7 +42,7 @@ def _plain_backward(num_in_dims: int, residuals: tuple[jax.Array, jax.Array],
     x, w = residuals
     lead = tuple(range(x.ndim - num_in_dims))
     outputs, of_weight = tuple(range(len(lead), dy.ndim)), tuple(range(num_in_dims, w.ndim))
-    return lax.dot_general(dy, w, ((outputs, of_weight), ((), ()))), lax.dot_general(x, dy, ((lead, lead), ((), ())))
+    return dot_general(dy, w, (outputs, of_weight)), dot_general(x, dy, (lead, lead))
 
 
 _plain.defvjp(_plain_forward, _plain_backward)

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     """Report; returns 1 when something that training needs is lacking."""
-    findings = [*_machine(), *_versions(), *_pair(), *_extras(), *_devices()]
+    findings = [*_machine(), *_versions(), *_pair(), *_extras(), *_devices(), *_products()]
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         print(f"{finding.name:{width}}  {finding.value}{f'; {finding.remedy}' if finding.remedy else ''}")
@@ -122,3 +122,13 @@ def _devices() -> list[Finding]:
         Finding("devices", f"{len(devices)} x {devices[0].device_kind}, first result after {seconds:.1f} s"),
         Finding("compilation cache", cache or "off", "" if cache else "JAX_COMPILATION_CACHE_DIR=DIR switches it on"),
     ]
+
+
+def _products() -> list[Finding]:
+    """Whose products a training step on the CPU calls."""
+    from llmjax.kernels.matmul import cpu
+
+    if cpu.available():
+        return [Finding("products on the cpu", f"llmjax's, compiled into {cpu.cache_folder()}")]
+    remedy = f"a C compiler makes them faster, if {cpu.SWITCH} is not xla"
+    return [Finding("products on the cpu", "XLA's", remedy)]
