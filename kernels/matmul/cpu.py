@@ -63,7 +63,11 @@ def available() -> bool:
     library = None if os.environ.get(SWITCH) == "xla" else compiled_library(cache_folder())
     if library is None:
         return False
-    functions = ctypes.CDLL(str(library))
+    try:
+        functions = ctypes.CDLL(str(library))
+    except OSError as error:  # from a disk that may not be run from, or cut short
+        log.info("products on the CPU are left to XLA: %s", error)
+        return False
     for layout in LAYOUTS:
         function = getattr(functions, f"multiply_{layout}")
         jax.ffi.register_ffi_target(_target(layout), jax.ffi.pycapsule(function), platform="cpu")

@@ -143,6 +143,15 @@ def test_without_a_compiler_products_are_xlas(tmp_path: Path, monkeypatch: pytes
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_library_that_does_not_load_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "products.so").write_bytes(b"cut short")
+    monkeypatch.setattr(cpu, "compiled_library", lambda folder: tmp_path / "products.so")
+    assert not cpu.available.__wrapped__()
+    monkeypatch.setattr(cpu, "compiled_library", lambda folder: pytest.fail("was asked to"))
+    monkeypatch.setenv(cpu.SWITCH, "xla")
+    assert not cpu.available.__wrapped__()
+
+
 @needs_products
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="vectors of half the width are x86's")
 def test_narrower_registers_give_the_same_products(command_env: dict[str, str], tmp_path: Path) -> None:
