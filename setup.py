@@ -67,7 +67,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["llmjax", "llmjax.*"]),
-    package_data={"llmjax.plan": ["prices.json"], "llmjax.kernels.matmul": ["cpu.c"]},
+    package_data={"llmjax.plan": ["prices.json"], "llmjax.kernels.cpu": ["*.c", "*.h"]},
     install_requires=CORE,
     extras_require={
         "serve": SERVE, "eval": EVAL, "track": TRACK, "plan": PLAN, "bench": BENCH, "cloud": CLOUD, "qwix": QWIX,

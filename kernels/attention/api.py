@@ -7,7 +7,7 @@ from types import ModuleType
 import jax
 
 from llmjax.core.mesh import for_tpu
-from llmjax.kernels.attention import reference, xla
+from llmjax.kernels.attention import cpu, reference, xla
 from llmjax.kernels.attention.options import CAUSAL, NO_TERMS, Options, Terms
 
 
@@ -32,7 +32,7 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax.Array, *, q_segm
 def _implementations() -> tuple[ModuleType, ...]:
     """Fastest first, for the platform of the mesh that is traced for, which need not be this machine's."""
     if not for_tpu():
-        return (xla, reference)
+        return (cpu, xla, reference)
     from llmjax.kernels.attention import pallas_tpu  # imported where it runs: Pallas takes its time to load
 
     return (pallas_tpu, xla, reference)

@@ -11,8 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 
+from llmjax.kernels.cpu.library import available, runs_whole
 from llmjax.kernels.matmul import cpu
 
 WORTH_IT = 2**20  # multiplications of a product
@@ -29,8 +29,8 @@ def dot_general(a: jax.Array, b: jax.Array, contract: Contract, *, num_batch: in
     call it within a `custom_vjp`.
     """
     batch = tuple(range(num_batch))
-    operands = cpu.matrices(a, b, contract, num_batch) if _on_cpu(a, b) else None
-    if operands is None or not _worth_it(*operands) or not cpu.available():
+    operands = cpu.matrices(a, b, contract, num_batch) if runs_whole(a, b) else None
+    if operands is None or not _worth_it(*operands) or not available():
         return lax.dot_general(a, b, (contract, (batch, batch)), preferred_element_type=preferred_element_type)
     left = [size for dim, size in enumerate(a.shape) if dim not in contract[0]]
     right = [size for dim, size in enumerate(b.shape) if dim not in (*batch, *contract[1])]
@@ -47,15 +47,6 @@ def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
     contract = tuple(map(of_a.index, summed)), tuple(map(of_b.index, summed))
     return dot_general(a, b, contract, num_batch=len(batch), preferred_element_type=jnp.float32)
-
-
-def _on_cpu(a: jax.Array, b: jax.Array) -> bool:
-    """Whether a product in float32 runs on the CPU, whole on its device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.abstract_device is None or mesh.abstract_device.platform != "cpu":
-        return False
-    whole = mesh.size == 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
-    return whole and a.dtype == b.dtype == jnp.float32
 
 
 def _worth_it(a: jax.Array, b: jax.Array, layout: str) -> bool:

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     """Report; returns 1 when something that training needs is lacking."""
-    findings = [*_machine(), *_versions(), *_pair(), *_extras(), *_devices(), *_products()]
+    findings = [*_machine(), *_versions(), *_pair(), *_extras(), *_devices(), *_kernels()]
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         print(f"{finding.name:{width}}  {finding.value}{f'; {finding.remedy}' if finding.remedy else ''}")
@@ -124,11 +124,11 @@ def _devices() -> list[Finding]:
     ]
 
 
-def _products() -> list[Finding]:
-    """Whose products a training step on the CPU calls."""
-    from llmjax.kernels.matmul import cpu
+def _kernels() -> list[Finding]:
+    """Whose kernels a training step on the CPU calls."""
+    from llmjax.kernels.cpu import library
 
-    if cpu.available():
-        return [Finding("products on the cpu", f"llmjax's, compiled into {cpu.cache_folder()}")]
-    remedy = f"a C compiler makes them faster, if {cpu.SWITCH} is not xla"
-    return [Finding("products on the cpu", "XLA's", remedy)]
+    if library.available():
+        return [Finding("kernels on the cpu", f"llmjax's, compiled into {library.cache_folder()}")]
+    remedy = f"a C compiler makes steps faster, if {library.SWITCH} is not xla"
+    return [Finding("kernels on the cpu", "XLA's", remedy)]
