@@ -47,7 +47,7 @@ def compiled_library(folder: Path) -> Path | None:
     if library.exists():
         return library
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # nobody else puts there what is run here
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / library.name
             subprocess.run([*command, "-o", str(made), *(str(FOLDER / source) for source in SOURCES)], check=True,
@@ -62,12 +62,14 @@ def compiled_library(folder: Path) -> Path | None:
 @functools.cache
 def available() -> bool:
     """Whether XLA can call our kernels; the first question compiles them and makes them known to it."""
-    library = None if os.environ.get(SWITCH) == "xla" else compiled_library(cache_folder())
-    if library is None:
+    if os.environ.get(SWITCH) == "xla":
         return False
     try:
+        library = compiled_library(cache_folder())
+        if library is None:
+            return False
         functions = ctypes.CDLL(str(library))
-    except OSError as error:  # from a disk that may not be run from, or cut short
+    except (OSError, RuntimeError) as error:  # cut short, on a disk that may not be run from, of a user without a home
         log.info("kernels on the CPU are left to XLA: %s", error)
         return False
     for name in HANDLERS:

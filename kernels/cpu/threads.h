@@ -2,12 +2,15 @@
 #ifndef LLMJAX_THREADS_H
 #define LLMJAX_THREADS_H
 
+#include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 
 #include "xla/ffi/api/c_api.h"
+
+enum { PATIENCE = 1000 /* rounds of waiting, some 30 us */ };
 
 /* One part of what `work` describes; 0, or 1 where memory is lacking. */
 typedef int Part(const void *work, int64_t part);
@@ -70,10 +73,17 @@ static XLA_FFI_Error *no_memory(const XLA_FFI_CallFrame *call) {
   return call->api->XLA_FFI_Error_Create(&args);
 }
 
-static inline void pause_thread(void) {
+/* Until all parts are done: at first on the spot, for the wait is short; then giving way, for what is waited for may be
+ * waiting for this very core. */
+static void wait_for(Job *job) {
+  for (int spins = 0; atomic_load_explicit(&job->done, memory_order_acquire) < job->num_parts; spins++)
+    if (spins < PATIENCE) {
 #if defined(__x86_64__)
-  __builtin_ia32_pause();
+      __builtin_ia32_pause();
 #endif
+    } else {
+      sched_yield();
+    }
 }
 
 /* All parts; this thread takes them alone where the others are busy, so nothing waits for a thread to come free. */
@@ -84,7 +94,7 @@ static XLA_FFI_Error *run_parts(const XLA_FFI_CallFrame *call, Part *part, const
   atomic_store(&job->holders, 1);
   for (int64_t helper = 1; helper < num_threads(call) && helper < num_parts; helper++) ask_for_help(call, job);
   take_parts(job);
-  while (atomic_load_explicit(&job->done, memory_order_acquire) < num_parts) pause_thread();
+  wait_for(job);
   const int failed = atomic_load(&job->failed);
   let_go(job);
   return failed ? no_memory(call) : NULL;

@@ -27,6 +27,8 @@ def test_a_library_that_does_not_load_is_left_alone(tmp_path: Path, monkeypatch:
     (tmp_path / "kernels.so").write_bytes(b"cut short")
     monkeypatch.setattr(library, "compiled_library", lambda folder: tmp_path / "kernels.so")
     assert not library.available.__wrapped__()
+    monkeypatch.setattr(library, "cache_folder", lambda: Path("~nobody-has-this-home").expanduser())
+    assert not library.available.__wrapped__()
     monkeypatch.setattr(library, "compiled_library", lambda folder: pytest.fail("was asked to"))
     monkeypatch.setenv(library.SWITCH, "xla")
     assert not library.available.__wrapped__()
