@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.kernels.attention.options import CAUSAL, NO_TERMS, Options, Terms
-from llmjax.kernels.cpu.library import available, runs_whole, target
+from llmjax.kernels.cpu.library import available, runs_alone, target
 
 LARGEST_DIM = 512  # of a head, which the kernel packs in one piece
 SHORTEST = 64  # slots; below, the call costs more than it saves
@@ -24,8 +24,8 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax.Array, *, q_segm
     dims = max(q_BTNH.shape[-1], v_BSKW.shape[-1])
     if not (plain and same_slots and dims <= LARGEST_DIM and q_BTNH.shape[1] >= SHORTEST):
         raise NotImplementedError("causal attention of a sequence on itself, without further terms")
-    if not (runs_whole(q_BTNH, k_BSKH, v_BSKW) and available()):
-        raise NotImplementedError("float32 on a CPU, and a compiler")
+    if not (runs_alone(q_BTNH, k_BSKH, v_BSKW) and available()):
+        raise NotImplementedError("float32 on the one device of a CPU, and a compiler")
     segments = q_segment_ids_BT.astype(jnp.int32), kv_segment_ids_BS.astype(jnp.int32)
     return _attention(options, q_BTNH, k_BSKH, v_BSKW, *segments)
 

@@ -1,7 +1,7 @@
 """Products of arrays: as `jax.lax` has them, on the CPU by a kernel of ours where it is faster.
 
 XLA's own reach three quarters of what the processor can do with matrices in float32, ours nearly all of it. Operands
-of other precisions, small ones and those that a mesh splits by itself are XLA's.
+of other precisions, small ones and those of several devices are XLA's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from llmjax.kernels.cpu.library import available, runs_whole
+from llmjax.kernels.cpu.library import available, runs_alone
 from llmjax.kernels.matmul import cpu
 
 WORTH_IT = 2**20  # multiplications of a product
@@ -29,7 +29,7 @@ def dot_general(a: jax.Array, b: jax.Array, contract: Contract, *, num_batch: in
     call it within a `custom_vjp`.
     """
     batch = tuple(range(num_batch))
-    operands = cpu.matrices(a, b, contract, num_batch) if runs_whole(a, b) else None
+    operands = cpu.matrices(a, b, contract, num_batch) if runs_alone(a, b) else None
     if operands is None or not _worth_it(*operands) or not available():
         return lax.dot_general(a, b, (contract, (batch, batch)), preferred_element_type=preferred_element_type)
     left = [size for dim, size in enumerate(a.shape) if dim not in contract[0]]

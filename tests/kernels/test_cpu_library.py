@@ -44,7 +44,7 @@ import test_matmul, test_attention_cpu
 for shape in test_matmul.SHAPES:
     for layout in test_matmul.LAYOUTS:
         test_matmul.test_products_are_those_of_numpy(shape, layout)
-for sizes in test_attention_cpu.SIZES:
+for sizes in test_attention_cpu.SIZES[:3]:
     test_attention_cpu.test_values_and_gradients_equal_the_reference(sizes)
 print("done")
 """
