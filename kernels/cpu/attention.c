@@ -8,7 +8,8 @@
 #include "products.h"
 #include "threads.h"
 
-enum { QUERIES = 8 * ROWS, KEYS = MAX_K / COLUMNS * COLUMNS, SCORES = KEYS + LANES /* a row's stride: rows do not share their place */ };
+/* A block of queries, one of keys, and the stride of a row of scores, so that rows do not share their place. */
+enum { QUERIES = 8 * ROWS, KEYS = MAX_K / COLUMNS * COLUMNS, SCORES = KEYS + LANES };
 
 static const float MASKED = -1e30f; /* of a slot that is not seen; finite, so that nothing becomes NaN */
 
@@ -18,7 +19,7 @@ typedef struct {
   float scale;
   const float *q, *k, *v;
   const int32_t *q_segments, *k_segments; /* (B, T) */
-  float *out, *log_z;      /* (B, T, N, W), (B, N, T) */
+  float *out, *log_z;                     /* (B, T, N, W), (B, N, T) */
   const float *dout;
   float *dq, *dk, *dv;
   int64_t pieces; /* parts of the queries of a key-value head */
@@ -30,10 +31,11 @@ static inline Vector select_vector(Ints where, Vector yes, Vector no) {
   return (Vector)(((Ints)yes & where) | ((Ints)no & ~where));
 }
 
-/* e^x by its polynomial on half of ln 2 to either side of 0 (the coefficients are Cephes' expf), to a unit or two. */
+/* e^x by its polynomial on half of ln 2 to either side of 0 (the coefficients are Cephes' expf), to a unit or two;
+ * what is not a number stays none. */
 static inline Vector exponential(Vector x) {
   const Vector lowest = (Vector){0} - 87.0f, to_int = (Vector){0} + 12582912.0f; /* 1.5 * 2^23 rounds what it meets */
-  x = select_vector(x > lowest, x, lowest);
+  x = select_vector(x < lowest, lowest, x);
   const Vector n = (x * 1.44269504f + to_int) - to_int, r = x - n * 0.693359375f - n * -2.12194440e-4f;
   Vector y = r * 1.9875691500e-4f + 1.3981999507e-3f;
   y = y * r + 8.3334519073e-3f;
@@ -89,11 +91,11 @@ static float soften(const Attention *a, int64_t b, float *scores, int64_t t, Ran
   Vector sums = {0};
   for (int64_t key = keys.start; key < keys.stop; key += LANES) {
     Vector *s = (Vector *)(scores + key - keys.start);
-    const Ints seen = *s > MASKED;
+    const Ints seen = *s != MASKED; /* which what is not a number is */
     *s = (Vector)((Ints)exponential(*s - highest) & seen);
     sums += *s;
   }
-  const float before = *total > 0 ? expf(*top - highest) : 0.0f;
+  const float before = *total == 0 ? 0.0f : expf(*top - highest);
   *top = highest, *total *= before;
   for (int lane = 0; lane < LANES; lane++) *total += sums[lane];
   return before;
@@ -121,9 +123,9 @@ static void attend(const Attention *a, int64_t b, int64_t n, Range queries, cons
                         .c_m = a->N * a->W, .accumulate = key > start});
   }
   for (int64_t i = 0; i < rows; i++) {
-    const float factor = total[i] > 0 ? 1 / total[i] : 0;
+    const float factor = total[i] == 0 ? 0 : 1 / total[i];
     for (int64_t w = 0; w < a->W; w++) out[i * a->N * a->W + w] *= factor;
-    a->log_z[(b * a->N + n) * a->T + queries.start + i] = top[i] + (total[i] > 0 ? logf(total[i]) : 0);
+    a->log_z[(b * a->N + n) * a->T + queries.start + i] = top[i] + (total[i] == 0 ? 0 : logf(total[i]));
   }
 }
 
@@ -171,7 +173,8 @@ static void derive(const Attention *a, int64_t b, float *weights, float *dscores
 
 /* What a block of queries of one head adds to the derivatives. */
 static void differentiate(const Attention *a, int64_t b, int64_t k, int64_t n, Range queries, const Panels *p) {
-  const int64_t rows = queries.stop - queries.start, slots = round_up(a->T, COLUMNS), start = first_key(a, queries.start);
+  const int64_t rows = queries.stop - queries.start, start = first_key(a, queries.start);
+  const int64_t slots = round_up(a->T, COLUMNS);
   const int64_t first = (b * a->T + queries.start) * a->N + n;
   const float *q = a->q + first * a->H, *dout = a->dout + first * a->W, *out = a->out + first * a->W;
   const float *log_z = a->log_z + (b * a->N + n) * a->T + queries.start;
@@ -206,7 +209,8 @@ static int backward_part(const void *work, int64_t head) {
   const Attention *a = work;
   const int64_t b = head / a->K, k = head % a->K, slots = round_up(a->T, COLUMNS);
   const int64_t wide_H = round_up(a->H, COLUMNS), wide_W = round_up(a->W, COLUMNS);
-  float *memory = allocate(slots * (wide_H + a->H + a->W) + QUERIES * (wide_H + wide_W + 2 * SCORES), 7), *rest = memory;
+  const int64_t of_keys = slots * (wide_H + a->H + a->W), of_queries = QUERIES * (wide_H + wide_W + 2 * SCORES);
+  float *memory = allocate(of_keys + of_queries, 7), *rest = memory;
   if (!memory) return 1;
   const Panels p = {.keys = take(&rest, slots * wide_H), .keys_t = take(&rest, slots * a->H),
                     .values_t = take(&rest, slots * a->W), .queries = take(&rest, QUERIES * wide_H),
@@ -242,7 +246,7 @@ XLA_FFI_Error *llmjax_attention_forward(XLA_FFI_CallFrame *call) {
   if (answered(call)) return NULL;
   Attention a = described(call);
   a.out = result(call, 0)->data, a.log_z = result(call, 1)->data;
-  const int64_t wanted = (4 * num_threads(call) + a.B * a.K - 1) / (a.B * a.K);
+  const int64_t heads = MAX(1, a.B * a.K), wanted = (4 * num_threads(call) + heads - 1) / heads;
   a.pieces = MIN(wanted, (a.T + QUERIES - 1) / QUERIES);
   return run_parts(call, forward_part, &a, a.B * a.K * a.pieces);
 }

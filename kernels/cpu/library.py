@@ -68,7 +68,7 @@ def available() -> bool:
         if library is None:
             return False
         functions = ctypes.CDLL(str(library))
-    except (OSError, RuntimeError) as error:  # cut short, on a disk that may not be run from, of a user without a home
+    except (OSError, RuntimeError, ValueError) as error:  # cut short, not to be run from there, no home, a broken CC
         log.info("kernels on the CPU are left to XLA: %s", error)
         return False
     for name in HANDLERS:

@@ -56,7 +56,7 @@ static XLA_FFI_Error *handle(XLA_FFI_CallFrame *call, int left_transposed, int r
                 .a_m = left_transposed ? 1 : K, .a_k = left_transposed ? M : 1,
                 .b_k = right_transposed ? 1 : N, .b_n = right_transposed ? K : 1};
   for (int64_t dim = 0; dim < rank - 2; dim++) work.batch *= c->dims[dim];
-  const int64_t wanted = (PARTS_PER_THREAD * num_threads(call) + work.batch - 1) / work.batch;
+  const int64_t products = MAX(1, work.batch), wanted = (PARTS_PER_THREAD * num_threads(call) + products - 1) / products;
   work.pieces = MIN(wanted, N > M ? (N + COLUMNS - 1) / COLUMNS : (M + ROWS - 1) / ROWS);
   return run_parts(call, multiply_part, &work, work.batch * work.pieces);
 }

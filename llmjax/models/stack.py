@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llmjax.core import collectives
 from llmjax.core.errors import ConfigError
 from llmjax.core.sections import Config
-from llmjax.kernels.matmul import cpu
+from llmjax.kernels.matmul.cpu import is_product
 from llmjax.models import pipeline
 from llmjax.models.boundaries import row_major
 from llmjax.models.inputs import Watch
@@ -31,7 +31,7 @@ policies = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
     "full": lambda names: None,  # its input alone
     "save_matmuls": lambda names: policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, cpu.is_product),
+        policies.dots_with_no_batch_dims_saveable, is_product),
     "save_names": lambda names: policies.save_only_these_names(*names),
     "offload": lambda names: policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=list(names), offload_src="device",

@@ -88,6 +88,21 @@ def test_a_query_whose_document_has_no_keys_gets_zeros() -> None:
     assert not np.asarray(out).any()
 
 
+@pytest.mark.parametrize("name", ["q_BTNH", "k_BSKH", "v_BSKW"])
+def test_what_is_not_a_number_is_not_hidden(name: str) -> None:
+    """Neither in the values nor in what follows from them: the guard of a run goes by it."""
+    arrays, ids_BT, cotangent = inputs(Sizes(T=600, documents=1))
+    arrays |= {name: arrays[name].at[0, 10].set(jnp.nan)}
+    with jax.set_mesh(single_device_mesh()):
+        out, pull = jax.vjp(lambda arrays: cpu.attention(**arrays, q_segment_ids_BT=jnp.zeros_like(ids_BT),
+                                                         kv_segment_ids_BS=jnp.zeros_like(ids_BT)), arrays)
+        derivatives = pull(cotangent)[0]
+    assert np.isnan(out[0, 10]).all() and not np.isnan(out[1]).any()
+    assert not any(np.isnan(leaf[1]).any() for leaf in derivatives.values())
+    hit = {made for made, leaf in derivatives.items() if np.isnan(leaf[0]).any()}
+    assert hit == set(arrays) - ({"v_BSKW"} if name == "v_BSKW" else set())  # on itself it does not depend
+
+
 def test_large_scores_stay_finite() -> None:
     arrays, ids_BT, cotangent = inputs(Sizes(T=600))
     arrays |= {"q_BTNH": 1e4 * arrays["q_BTNH"]}
@@ -115,6 +130,11 @@ def test_what_it_does_not_know_is_left_to_others() -> None:
     assert calls(arrays, ids_BT, terms=Terms(sinks_N=jnp.zeros(2))) == 0
     assert calls(arrays, ids_BT, q_offset=jnp.int32(0)) == 0
     assert calls(inputs(Sizes(T=32))[0], ids_BT[:, :32]) == 0
+
+
+def test_no_rows_give_no_rows() -> None:
+    arrays, ids_BT, _ = inputs(Sizes())
+    assert attend({name: x[:0] for name, x in arrays.items()}, ids_BT[:0]).shape == (0, 128, 2, 32)
 
 
 def test_a_map_over_calls() -> None:

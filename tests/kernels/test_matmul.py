@@ -12,6 +12,8 @@ from llmjax.core.mesh import make_mesh, single_device_mesh
 from llmjax.core.sections import MeshConfig
 from llmjax.kernels.cpu import library
 from llmjax.kernels.matmul import api, cpu
+from llmjax.models.dense import dense
+from llmjax.models.stack import Execution, recomputed
 
 needs_kernels = pytest.mark.skipif(not library.available(), reason="no C compiler, or another kind of processor")
 
@@ -112,6 +114,26 @@ def test_einsum_takes_ours_on_the_cpu(subscripts: str, shape_a: tuple[int, ...],
 def test_other_products_are_left_to_xla(a: jax.Array, b: jax.Array, subscripts: str) -> None:
     with jax.set_mesh(single_device_mesh()):
         assert products(lambda a, b: api.einsum(subscripts, a, b), a, b) == (0, 1)
+
+
+@needs_kernels
+def test_no_products_of_an_empty_batch() -> None:
+    assert cpu.multiply(jnp.zeros((0, 20, 30)), jnp.zeros((0, 30, 40)), "nn").shape == (0, 20, 40)
+
+
+@needs_kernels
+def test_saved_products_are_not_run_again() -> None:
+    """By train.remat=save_matmuls: two in the forward pass, twice two in the backward pass, and none twice."""
+    x, w, v = random(256, 64), random(64, 128, seed=1), random(128, 64, seed=2)
+
+    def calls(remat: str) -> int:
+        def scalar(x: jax.Array, w: jax.Array, v: jax.Array) -> jax.Array:
+            return jnp.sum(recomputed(lambda x: dense(jnp.sin(dense(x, w)), v), Execution(remat))(x))
+
+        return str(jax.make_jaxpr(jax.grad(scalar, argnums=(0, 1, 2)))(x, w, v)).count("target_name=llmjax_multiply")
+
+    with jax.set_mesh(single_device_mesh()):
+        assert calls("none") == calls("save_matmuls") == 6 and calls("full") == 7
 
 
 @needs_kernels
