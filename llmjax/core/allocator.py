@@ -8,6 +8,7 @@ import sys
 # Parameters of mallopt, from glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 LARGEST_INT = 2**31 - 1
+HEAPS = 3  # with one a compiler's threads wait for each other, with as many as threads a step's buffers are scattered
 
 
 def keep_freed_memory() -> None:
@@ -15,12 +16,12 @@ def keep_freed_memory() -> None:
 
     XLA allocates a step's temporaries when it starts and frees them when it ends. By default glibc maps each large
     block and unmaps it again, and the kernel clears every page on first touch: an eighth of a small model's step.
-    A block stays with the process only on the main heap, so threads may have no heaps of their own. Without glibc
-    nothing happens.
+    A large block stays with the process only on the main heap, so threads have few others. Without glibc nothing
+    happens.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for parameter, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, LARGEST_INT)):
+        for parameter, value in ((ARENA_MAX, HEAPS), (MMAP_MAX, 0), (TRIM_THRESHOLD, LARGEST_INT)):
             mallopt(parameter, value)

@@ -12,6 +12,7 @@ Letters: T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal
 
@@ -21,73 +22,62 @@ from llmjax.core.mesh import for_tpu
 from llmjax.kernels.matmul.api import dot_general
 
 Matmul = Literal["plain", "int8", "fp8"]
+Residuals = tuple[jax.Array, jax.Array]
 # By model.matmul: what activations and weights become, and what derivatives do, which vary more.
 ROUNDED = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
 
 
-def _contract(x: jax.Array, w: jax.Array, num_in_dims: int) -> jax.Array:
+def dense(x: jax.Array, w: jax.Array, *, num_in_dims: int = 1, matmul: Matmul = "plain") -> jax.Array:
+    """Contract the last `num_in_dims` dims of x, which stand behind (B, T), with the first ones of w."""
+    return _dense(x, w, num_in_dims, matmul)
+
+
+def _forward(x: jax.Array, w: jax.Array, num_in_dims: int, matmul: Matmul) -> tuple[jax.Array, Residuals]:
     first = x.ndim - num_in_dims
-    return dot_general(x, w, (tuple(range(first, x.ndim)), tuple(range(num_in_dims))))
+    if _as_they_lie(matmul):
+        y = dot_general(x, w, (tuple(range(first, x.ndim)), tuple(range(num_in_dims))))
+    else:
+        x_TI, w_IO = _matrices(x, w, num_in_dims)
+        y = _product(x_TI, w_IO, (1, 0), matmul, (0, 0)).reshape(*x.shape[:first], *w.shape[num_in_dims:])
+    return y, (x, w)  # as the caller has them: what several projections read waits for the derivative once
 
 
-_plain = jax.custom_vjp(_contract, nondiff_argnums=(2,))
-
-
-def _plain_forward(x: jax.Array, w: jax.Array, num_in_dims: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _contract(x, w, num_in_dims), (x, w)  # bare, where a policy of recomputation sees the product
-
-
-def _plain_backward(num_in_dims: int, residuals: tuple[jax.Array, jax.Array],
-                    dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(num_in_dims: int, matmul: Matmul, residuals: Residuals, dy: jax.Array) -> Residuals:
     x, w = residuals
-    lead = tuple(range(x.ndim - num_in_dims))
-    outputs, of_weight = tuple(range(len(lead), dy.ndim)), tuple(range(num_in_dims, w.ndim))
-    return dot_general(dy, w, (outputs, of_weight)), dot_general(x, dy, (lead, lead))
+    if _as_they_lie(matmul):
+        lead = tuple(range(x.ndim - num_in_dims))
+        outputs, of_weight = tuple(range(len(lead), dy.ndim)), tuple(range(num_in_dims, w.ndim))
+        return dot_general(dy, w, (outputs, of_weight)), dot_general(x, dy, (lead, lead))
+    x_TI, w_IO = _matrices(x, w, num_in_dims)
+    dy_TO = dy.reshape(x_TI.shape[0], -1)
+    return (_product(dy_TO, w_IO, (1, 1), matmul, (1, 0)).reshape(x.shape),
+            _product(x_TI, dy_TO, (0, 0), matmul, (0, 1)).reshape(w.shape))
 
 
-_plain.defvjp(_plain_forward, _plain_backward)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dense(x: jax.Array, w: jax.Array, num_in_dims: int, matmul: Matmul) -> jax.Array:
+    return _forward(x, w, num_in_dims, matmul)[0]
 
 
-def _product(a: jax.Array, b: jax.Array, dims: tuple[int, int], dtypes: tuple[str, str]) -> jax.Array:
-    """Contract dim dims[0] of a with dim dims[1] of b, both of them matrices, rounded."""
+_dense.defvjp(_forward, _backward)
+
+
+def _as_they_lie(matmul: Matmul) -> bool:
+    """Whether arrays are multiplied as they are: on TPU to make a matrix of heads that kernels want apart is a copy."""
+    return matmul == "plain" and for_tpu()
+
+
+def _matrices(x: jax.Array, w: jax.Array, num_in_dims: int) -> tuple[jax.Array, jax.Array]:
+    inputs = math.prod(w.shape[:num_in_dims])
+    return x.reshape(-1, inputs), w.reshape(inputs, -1)
+
+
+def _product(a: jax.Array, b: jax.Array, dims: tuple[int, int], matmul: Matmul, derived: tuple[int, int]) -> jax.Array:
+    """Contract dim dims[0] of a with dim dims[1] of b, both of them matrices; `derived`: 1 for a derivative."""
+    if matmul == "plain":
+        return dot_general(a, b, ((dims[0],), (dims[1],)))
     import qwix
 
-    rounded = (qwix.quantize(x, dtype, channelwise_axes=(1 - dim,))
-               for x, dim, dtype in zip((a, b), dims, dtypes, strict=True))
+    rounded = (qwix.quantize(operand, ROUNDED[matmul][which], channelwise_axes=(1 - dim,))
+               for operand, dim, which in zip((a, b), dims, derived, strict=True))
     return qwix.dot_general(*rounded, (((dims[0],), (dims[1],)), ((), ()))).astype(a.dtype)
-
-
-def _contract_rounded(x_TI: jax.Array, w_IO: jax.Array, matmul: Matmul) -> jax.Array:
-    own, _ = ROUNDED[matmul]
-    return _product(x_TI, w_IO, (1, 0), (own, own))
-
-
-_rounded = jax.custom_vjp(_contract_rounded, nondiff_argnums=(2,))
-
-
-def _rounded_forward(x_TI: jax.Array, w_IO: jax.Array,
-                     matmul: Matmul) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _contract_rounded(x_TI, w_IO, matmul), (x_TI, w_IO)
-
-
-def _rounded_backward(matmul: Matmul, residuals: tuple[jax.Array, jax.Array],
-                      dy_TO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_TI, w_IO = residuals
-    own, derived = ROUNDED[matmul]
-    return _product(dy_TO, w_IO, (1, 1), (derived, own)), _product(x_TI, dy_TO, (0, 0), (own, derived))
-
-
-_rounded.defvjp(_rounded_forward, _rounded_backward)
-
-
-def dense(x: jax.Array, w: jax.Array, *, num_in_dims: int = 1, matmul: Matmul = "plain") -> jax.Array:
-    """Contract the last `num_in_dims` dims of x, which stand behind (B, T), with the first ones of w.
-
-    Of matrices, but on TPU of arrays as they lie there: to make a matrix of heads that kernels want apart is a copy.
-    """
-    if matmul == "plain" and for_tpu():
-        return _plain(x, w, num_in_dims)
-    lead, inputs = x.shape[:-num_in_dims], math.prod(x.shape[-num_in_dims:])
-    x_TI, w_IO = x.reshape(-1, inputs), w.reshape(inputs, -1)
-    y_TO = _plain(x_TI, w_IO, 1) if matmul == "plain" else _rounded(x_TI, w_IO, matmul)
-    return y_TO.reshape(*lead, *w.shape[num_in_dims:])
