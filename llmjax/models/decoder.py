@@ -164,6 +164,7 @@ class Model:
         return moved(self.config, params, loads) if loads else params
 
 
+@functools.cache
 def abstract_model(config: ModelConfig) -> Model:
     """Declare the model without allocating anything."""
     module = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))

@@ -23,7 +23,7 @@ from llmjax.train.step import jit_step
 
 MESHES = ({"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 4, "tensor": 2}, {"data": 2, "tensor": 4},
           {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 4})  # fmt: skip
-ROUNDS = 7
+ROUNDS = 9
 
 
 def config(model: ModelConfig, **data: int) -> Config:
