@@ -8,7 +8,7 @@ import sys
 # Parameters of mallopt, from glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 LARGEST_INT = 2**31 - 1
-HEAPS = 3  # with one a compiler's threads wait for each other, with as many as threads a step's buffers are scattered
+HEAPS = 3  # one for the main thread and two for a compiler's, which would wait for each other on one
 
 
 def keep_freed_memory() -> None:
@@ -16,8 +16,8 @@ def keep_freed_memory() -> None:
 
     XLA allocates a step's temporaries when it starts and frees them when it ends. By default glibc maps each large
     block and unmaps it again, and the kernel clears every page on first touch: an eighth of a small model's step.
-    A large block stays with the process only on the main heap, so threads have few others. Without glibc nothing
-    happens.
+    A large block stays with the process only on the main thread's heap, so that is where programs are run (core/mesh),
+    and the others share few. Without glibc nothing happens.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -16,6 +16,9 @@ from llmjax.core.config import check_multiple
 from llmjax.core.errors import ConfigError
 from llmjax.core.sections import AXIS_NAMES, Config, MeshConfig
 
+# On one CPU device a program runs on the thread that calls it, whose buffers stay with the process: see core/allocator.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 # A large fsdp axis is laid along up to three axes of the chips' torus: only over one at a time do gradients come out as
 # reduce-scatters.
 FSDP_AXES = ("fsdp", "fsdp_y", "fsdp_z")
