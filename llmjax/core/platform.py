@@ -56,6 +56,11 @@ def keep_compiled(folder: Path) -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(WORTH_KEEPING))
 
 
+def is_one_of_several() -> bool:
+    """Whether a launcher has started this process as one of a run's."""
+    return bool(os.environ.get("LLMJAX_COORDINATOR"))
+
+
 def num_processes() -> int:
     """How many processes the launcher of this one names; 1 without a launcher, or where jax finds its peers itself."""
     return int(os.environ.get("LLMJAX_NUM_PROCESSES", "1"))
@@ -71,13 +76,13 @@ def cpu_name() -> str:
 
 def join_processes() -> None:
     """Become one of the processes of a run, where a launcher says there are several; before any use of a device."""
-    coordinator = os.environ.get("LLMJAX_COORDINATOR")
-    if not coordinator:
+    if not is_one_of_several():
         return
     import jax
 
     if jax.distributed.is_initialized():
         return
+    coordinator = os.environ["LLMJAX_COORDINATOR"]
     if coordinator == "auto":
         jax.distributed.initialize()
     else:
