@@ -18,7 +18,7 @@ from llmjax.core.platform import is_one_of_several
 from llmjax.core.sections import AXIS_NAMES, Config, MeshConfig
 
 # On one CPU device a program runs on the thread that calls it, whose buffers stay with the process (core/allocator). In
-# a run of several processes it does not: how long a step's call takes there tells a slow one from those that wait for it.
+# a run of several processes it does not: how long a step's call takes there tells a slow one from those that wait.
 jax.config.update("jax_cpu_enable_async_dispatch", is_one_of_several())
 
 # A large fsdp axis is laid along up to three axes of the chips' torus: only over one at a time do gradients come out as
